@@ -222,7 +222,7 @@ func (c Consistency) String() string {
 
 // Tag is a named, kept marker in the stream of a machine.
 type Tag struct {
-	ID          [16]byte    // chosen by who asks for it; asking twice tags once
+	ID          [16]byte // chosen by who asks for it; asking twice tags once
 	Consistency Consistency
 	Name        string   // UTF-8, at most MaxTagName bytes
 	Group       [16]byte // the group tag that it is part of, or zero
