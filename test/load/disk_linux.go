@@ -1,0 +1,111 @@
+package load
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// Loop is a loop device over a file.
+type Loop struct{ Device, File string }
+
+// NewLoop makes file a sparse file of size bytes (or keeps it, if size is 0)
+// and attaches a loop device to it. It needs root.
+func NewLoop(file string, size int64) (*Loop, error) {
+	if size > 0 {
+		f, err := os.OpenFile(file, os.O_RDWR|os.O_CREATE, 0o600)
+		if err != nil {
+			return nil, err
+		}
+		err = errors.Join(f.Truncate(size), f.Close())
+		if err != nil {
+			return nil, fmt.Errorf("size %s: %w", file, err)
+		}
+	}
+	out, err := run("losetup", "--find", "--show", file)
+	if err != nil {
+		return nil, err
+	}
+	return &Loop{Device: strings.TrimSpace(out), File: file}, nil
+}
+
+// Close detaches the device; the file stays.
+func (l *Loop) Close() error {
+	_, err := run("losetup", "--detach", l.Device)
+	return err
+}
+
+// Format makes a file system of kind fs (ext4, xfs, btrfs) on the device.
+func (l *Loop) Format(fs string) error {
+	args := map[string][]string{"ext4": {"-q", "-F"}, "xfs": {"-q", "-f"}, "btrfs": {"-q", "-f"}}[fs]
+	_, err := run("mkfs."+fs, append(args, l.Device)...)
+	return err
+}
+
+// Mount mounts the device at dir, which it makes; unmount undoes that.
+func (l *Loop) Mount(dir string) (unmount func() error, err error) {
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return nil, err
+	}
+	if _, err := run("mount", l.Device, dir); err != nil {
+		return nil, err
+	}
+	return func() error {
+		_, err := run("umount", dir)
+		return err
+	}, nil
+}
+
+const (
+	fifreeze = 0xc0045877
+	fithaw   = 0xc0045878
+)
+
+// Freeze freezes the file system mounted at dir until thaw is called.
+func Freeze(dir string) (thaw func() error, err error) {
+	d, err := os.Open(dir)
+	if err != nil {
+		return nil, err
+	}
+	if err := unix.IoctlSetInt(int(d.Fd()), fifreeze, 0); err != nil {
+		d.Close()
+		return nil, fmt.Errorf("freeze %s: %w", dir, err)
+	}
+	return func() error {
+		return errors.Join(unix.IoctlSetInt(int(d.Fd()), fithaw, 0), d.Close())
+	}, nil
+}
+
+// CheckImage judges a recovered ext4 image as an administrator would: mount it
+// (which replays the journal), check the load's database, unmount, and run
+// e2fsck -fn. It returns the highest row of the database.
+func CheckImage(ctx context.Context, image, dir string) (row int64, err error) {
+	l, err := NewLoop(image, 0)
+	if err != nil {
+		return 0, err
+	}
+	defer func() { err = errors.Join(err, l.Close()) }()
+	unmount, err := l.Mount(dir)
+	if err != nil {
+		return 0, err
+	}
+	row, err = CheckDatabase(ctx, dir)
+	if err := errors.Join(err, unmount()); err != nil {
+		return row, err
+	}
+	_, err = run("e2fsck", "-fn", l.Device)
+	return row, err
+}
+
+func run(name string, args ...string) (string, error) {
+	out, err := exec.Command(name, args...).CombinedOutput()
+	if err != nil {
+		return "", fmt.Errorf("%s %s: %w: %s", name, strings.Join(args, " "), err, strings.TrimSpace(string(out)))
+	}
+	return string(out), nil
+}

@@ -1,0 +1,51 @@
+// Package load puts a mixed, realistic load on a mounted file system and
+// remembers what it was told is durable, so that a test can judge a recovered
+// disk. It is for tests and benchmarks only.
+//
+// Mixed starts workers (direct, buffered and memory-mapped writes, a SQLite
+// database, directory operations, discards) and waits for them. The Oracle is
+// safe for concurrent use. It doesn't capture or replicate anything.
+package load
+
+import (
+	"sync"
+	"time"
+)
+
+// Commit is a database commit that the load was told is durable.
+type Commit struct {
+	Row  int64 // the number in the row that it inserted
+	Time int64 // UTC ns right after the commit returned
+}
+
+// Oracle is the list of commits, kept off the disk under test.
+type Oracle struct {
+	mu struct {
+		sync.Mutex
+		commits []Commit
+	}
+}
+
+// Record notes that row is durable as of now.
+func (o *Oracle) Record(row int64, now time.Time) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.mu.commits = append(o.mu.commits, Commit{row, now.UnixNano()})
+}
+
+// DurableBefore returns the highest row whose commit had returned before t
+// (UTC ns); 0 if none had.
+func (o *Oracle) DurableBefore(t int64) int64 {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	row := int64(0)
+	for _, c := range o.mu.commits {
+		if c.Time < t {
+			row = max(row, c.Row)
+		}
+	}
+	return row
+}
+
+// Last returns the highest row recorded.
+func (o *Oracle) Last() int64 { return o.DurableBefore(1<<63 - 1) }
