@@ -1,0 +1,30 @@
+package main
+
+import (
+	"github.com/spf13/cobra"
+)
+
+// newRoot lists every verb. Nothing registers itself.
+func newRoot(a *app) *cobra.Command {
+	root := &cobra.Command{
+		Use:   "farside",
+		Short: "Disaster recovery: replicate machines write by write, run them on the far side",
+		Long: `Farside replicates the disks of machines, write by write, to a second site and
+opens them there as they were at any write.
+
+Start with "farside demo". Exit codes: 0 done, 1 failed, 2 wrong usage or input,
+3 not found, 4 denied, 5 corrupt or a check failed, 6 unavailable or full,
+7 exists already, 8 not supported here, 130 interrupted.`,
+		SilenceErrors: true,
+		SilenceUsage:  true,
+		PersistentPreRun: func(*cobra.Command, []string) {
+			a.started = true
+		},
+	}
+	root.PersistentFlags().BoolVar(&a.json, "json", false, "print JSON for programs")
+	root.AddCommand(
+		newVersion(a),
+		newInspect(a),
+	)
+	return root
+}
