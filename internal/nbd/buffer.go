@@ -1,0 +1,68 @@
+package nbd
+
+import (
+	"context"
+	"math/bits"
+	"sync"
+
+	"golang.org/x/sync/semaphore"
+)
+
+// headRoom is kept free in front of the data of a buffer, so that the header
+// of a reply and its data leave in one piece.
+const headRoom = 32
+
+// buffer is a pooled piece of memory that counts against the server's memory.
+//
+//	mem: | headRoom | data ... |
+type buffer struct {
+	mem   []byte
+	n     int   // bytes of data in use
+	cost  int64 // what to give back to the budget
+	class int
+}
+
+// data is the part that holds the payload.
+func (b *buffer) data() []byte { return b.mem[headRoom : headRoom+b.n] }
+
+// withHead returns n bytes of header followed by the data, contiguous.
+func (b *buffer) withHead(n int) []byte { return b.mem[headRoom-n : headRoom+b.n] }
+
+const (
+	minClass = 12 // 4 KiB
+	maxClass = 25 // MaxRequest
+)
+
+// memory hands out buffers of a server and bounds their sum.
+type memory struct {
+	budget *semaphore.Weighted
+	pools  [maxClass + 1]sync.Pool
+}
+
+func newMemory(limit int64) *memory {
+	return &memory{budget: semaphore.NewWeighted(limit)}
+}
+
+// get returns a buffer for n <= MaxRequest bytes. It waits while the budget
+// is used up, until ctx ends.
+func (m *memory) get(ctx context.Context, n int) (*buffer, error) {
+	class := max(minClass, bits.Len(uint(max(n, 1)-1)))
+	cost := int64(1) << class
+	if err := m.budget.Acquire(ctx, cost); err != nil {
+		return nil, err
+	}
+	b, _ := m.pools[class].Get().(*buffer)
+	if b == nil {
+		b = &buffer{mem: make([]byte, headRoom+1<<class), class: class}
+	}
+	b.n, b.cost = n, cost
+	return b, nil
+}
+
+func (m *memory) put(b *buffer) {
+	if b == nil {
+		return
+	}
+	m.budget.Release(b.cost)
+	m.pools[b.class].Put(b)
+}
