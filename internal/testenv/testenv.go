@@ -1,0 +1,75 @@
+// Package testenv tells tests what this machine can do. A test that needs more
+// than a plain user account asks here and is skipped with the reason when it
+// is missing; with FARSIDE_REQUIRE=all, which CI sets on machines that can do
+// all of it, it fails instead.
+//
+// It is imported by tests only, decides by trying (not by the existence of a
+// file alone) where trying is cheap, and changes nothing on the machine.
+package testenv
+
+import (
+	"os"
+	"os/exec"
+	"runtime"
+	"strings"
+	"testing"
+)
+
+// missing skips or fails t, as FARSIDE_REQUIRE says.
+func missing(t testing.TB, what string) {
+	t.Helper()
+	if os.Getenv("FARSIDE_REQUIRE") == "all" {
+		t.Fatalf("missing here, but FARSIDE_REQUIRE=all: %s", what)
+	}
+	t.Skipf("skipped: needs %s", what)
+}
+
+// NeedRoot asks for uid 0 on Linux.
+func NeedRoot(t testing.TB) {
+	t.Helper()
+	if runtime.GOOS != "linux" || os.Geteuid() != 0 {
+		missing(t, "root on Linux")
+	}
+}
+
+// NeedTool asks for programs in PATH.
+func NeedTool(t testing.TB, names ...string) {
+	t.Helper()
+	for _, name := range names {
+		if _, err := exec.LookPath(name); err != nil {
+			missing(t, "the program "+name)
+		}
+	}
+}
+
+// NeedLoop asks for loop devices that can be attached.
+func NeedLoop(t testing.TB) {
+	t.Helper()
+	NeedRoot(t)
+	NeedTool(t, "losetup")
+	if out, err := exec.Command("losetup", "--find").CombinedOutput(); err != nil {
+		missing(t, "a free loop device: "+strings.TrimSpace(string(out)))
+	}
+}
+
+// NeedEBPF asks for root and a kernel that describes its types (BTF), without
+// which capture programs can't be loaded.
+func NeedEBPF(t testing.TB) {
+	t.Helper()
+	NeedRoot(t)
+	f, err := os.Open("/sys/kernel/btf/vmlinux")
+	if err != nil {
+		missing(t, "a kernel with BTF: "+err.Error())
+		return
+	}
+	f.Close()
+}
+
+// NeedBench asks for FARSIDE_BENCH=1, which "make bench" sets: benchmarks that
+// take minutes are no part of the tests. FARSIDE_REQUIRE does not change that.
+func NeedBench(t testing.TB) {
+	t.Helper()
+	if os.Getenv("FARSIDE_BENCH") != "1" {
+		t.Skip("skipped: a benchmark; run it with make bench")
+	}
+}
