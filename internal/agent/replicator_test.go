@@ -1,0 +1,54 @@
+package agent
+
+import (
+	"errors"
+	"testing"
+
+	"pgregory.net/rapid"
+)
+
+func drawOptions(t *rapid.T) simOptions {
+	return simOptions{
+		seed:      rapid.Uint64().Draw(t, "seed"),
+		steps:     rapid.IntRange(10, 800).Draw(t, "steps"),
+		disks:     rapid.IntRange(1, 3).Draw(t, "disks"),
+		written:   rapid.SampledFrom([]int{3, 20, 1000}).Draw(t, "written"),
+		room:      rapid.SampledFrom([]int64{40 << 10, 200 << 10, 8 << 20}).Draw(t, "room"),
+		overflows: rapid.Bool().Draw(t, "overflows"),
+		breaks:    rapid.Bool().Draw(t, "breaks"),
+		losses:    rapid.Bool().Draw(t, "losses"),
+		plain:     rapid.IntRange(0, 3).Draw(t, "plain") == 0,
+		empty:     rapid.Bool().Draw(t, "empty"),
+		marks:     rapid.Bool().Draw(t, "marks"),
+		badReads:  rapid.IntRange(0, 3).Draw(t, "badReads") == 0,
+	}
+}
+
+// Whatever the order of writes, landings, reads, overflows and losses of the
+// receiver: every point that the stream offers is a state that the disks were
+// in, and when all is quiet the far side holds what the disks hold.
+func TestReplicatorAgainstOracle(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		if err := newSim(drawOptions(t)).run(); err != nil {
+			t.Fatal(err)
+		}
+	})
+}
+
+// The check above has power: a replicator that lets bulk reads overwrite newer
+// captured writes is found out soon.
+func TestOracleFindsBlindReplicator(t *testing.T) {
+	found := 0
+	for seed := range uint64(40) {
+		err := newSim(simOptions{seed: seed, steps: 600, disks: 2, written: 1000, room: 8 << 20, blind: true}).run()
+		if errors.Is(err, errMismatch) {
+			found++
+		} else if err != nil {
+			t.Fatalf("seed %d: %v", seed, err)
+		}
+	}
+	if found < 4 {
+		t.Errorf("%d of 40 histories show the fault; want at least 4", found)
+	}
+	t.Logf("%d of 40 histories show the fault", found)
+}

@@ -1,0 +1,454 @@
+package agent
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"time"
+
+	"farside/internal/capture"
+	"farside/internal/capture/capturetest"
+	"farside/internal/dr"
+	"farside/internal/frame"
+)
+
+// simOptions choose what a simulated history may contain.
+type simOptions struct {
+	seed      uint64
+	steps     int // actions before the quiet end
+	disks     int
+	written   int   // limit of the written sets
+	room      int64 // bytes of the outbox that can be used
+	overflows bool
+	breaks    bool // the link breaks
+	losses    bool // the receiver forgets its newest frames
+	blind     bool // negative control: bulk reads ignore the written sets
+	plain     bool // the source can't be told to overflow
+	empty     bool // the disks begin as zeroes
+	marks     bool // somebody marks ranges dirty
+	badReads  bool // a bulk read fails now and then
+}
+
+// sim drives a replicator against a capturetest.Mem, with a far side that
+// checks every frame and every recovery point. Time is a tick per action.
+type sim struct {
+	simOptions
+	rng   *rand.Rand
+	mem   *capturetest.Mem
+	out   *outbox
+	rep   *replicator
+	tick  int64
+	still bool // nothing happens besides the calls of the test
+
+	ops      []op
+	inflight []flight
+	truth    *oracle
+	far      *farSide
+	saved    []*farSide // what the far side held before
+	tags     int
+	asked    map[[16]byte]int64 // tick
+	peak     int64              // largest use of the outbox
+}
+
+type op struct {
+	tick  int64
+	still bool // nothing happens besides the calls of the test
+	x     dr.Extent
+	data  []byte // nil: zeroes
+}
+
+type flight struct {
+	*capturetest.MemWrite
+	tick int64
+}
+
+var errMismatch = errors.New("far side differs")
+
+const simDisk = 192 << 10
+
+func newSim(o simOptions) *sim {
+	s := &sim{simOptions: o, rng: rand.New(rand.NewPCG(o.seed, 1)), asked: make(map[[16]byte]int64)}
+	var disks []capture.Disk
+	for i := range o.disks {
+		disks = append(disks, capture.Disk{ID: dr.DiskID(i + 3), Size: simDisk + int64(i)*dr.SectorSize*5})
+	}
+	s.mem = capturetest.NewMem(disks...)
+	s.mem.SetClock(func() int64 { return s.at().UnixNano() })
+	s.truth = &oracle{disks: map[dr.DiskID][]byte{}}
+	s.far = &farSide{disks: map[dr.DiskID][]byte{}, at: frame.Cursor{Machine: dr.MachineID{7}, Position: dr.Position{Timeline: 1}}}
+	for _, d := range disks {
+		s.far.disks[d.ID] = make([]byte, d.Size)
+		image := make([]byte, d.Size)
+		if !o.empty {
+			s.scribble(image)
+		}
+		s.mem.SetImage(d.ID, image)
+		s.truth.disks[d.ID] = image
+	}
+	s.out = newOutbox()
+	s.rep = newReplicator(s.source(), s.out, tuning{
+		memory: batchRoom + o.room, frameBytes: 32 << 10, frameAge: 50 * time.Millisecond, heartbeat: 100 * time.Millisecond,
+		chunk: 16 << 10, resumeBelow: 32 << 10, written: o.written, settle: 300 * time.Millisecond,
+		wait: 10 * time.Millisecond, resumeWait: 1, retry: time.Millisecond,
+	})
+	s.rep.blind = o.blind
+	return s
+}
+
+func (s *sim) source() capture.Source {
+	m := simSource{s.mem, s}
+	if s.plain {
+		return struct{ capture.Source }{m} // hides Overflow
+	}
+	return m
+}
+
+func (s *sim) at() time.Time {
+	return time.Unix(1_000_000, 0).Add(time.Duration(s.tick) * time.Millisecond)
+}
+
+func tickOf(t int64) int64 { return time.Unix(0, t).Sub(time.Unix(1_000_000, 0)).Milliseconds() }
+
+// scribble fills image with a mix of data and runs of zeroes.
+func (s *sim) scribble(image []byte) {
+	for off := 0; off < len(image); off += 4096 {
+		if s.rng.IntN(3) > 0 {
+			fill(s.rng, image[off:min(off+4096, len(image))])
+		}
+	}
+}
+
+func fill(rng *rand.Rand, b []byte) {
+	v := byte(rng.IntN(255) + 1)
+	for i := range b {
+		b[i] = v
+	}
+}
+
+// run plays the history and returns what was wrong.
+func (s *sim) run() error {
+	for range s.steps {
+		s.tick++
+		if err := s.act(); err != nil {
+			return fmt.Errorf("tick %d: %w", s.tick, err)
+		}
+	}
+	return s.quiet()
+}
+
+func (s *sim) act() error {
+	switch n := s.rng.IntN(100); {
+	case n < 35:
+		s.submit()
+	case n < 50:
+		s.land(s.rng.IntN(len(s.inflight) + 1))
+	case n < 80:
+		return s.step()
+	case n < 90:
+		return s.receive(1 + s.rng.IntN(4))
+	case n < 93:
+		s.ack()
+	case n < 95 && s.overflows:
+		s.mem.Overflow()
+	case n == 95 && s.breaks:
+		s.reconnect()
+	case n == 96 && s.losses:
+		s.lose()
+	case n == 97:
+		s.askTag()
+	case n == 98:
+		s.mem.Flush(s.mem.Disks()[0].ID)
+		return s.calm()
+	case n == 99 && s.marks:
+		return s.mem.Mark(dr.Extent{Disk: s.mem.Disks()[0].ID, Offset: s.rng.Int64N(40) * 4096, Length: 4096})
+	}
+	return nil
+}
+
+// calm lets the stream catch up, with few writes.
+func (s *sim) calm() error {
+	for range s.rng.IntN(60) {
+		s.tick++
+		if s.rng.IntN(4) == 0 {
+			s.submit()
+		}
+		for len(s.inflight) > 2 {
+			s.land(0)
+		}
+		if err := s.step(); err != nil {
+			return err
+		}
+		if err := s.receive(5); err != nil {
+			return err
+		}
+		s.ack()
+	}
+	return nil
+}
+
+// submit begins a write that doesn't overlap one that is on its way: what
+// such a pair leaves on a disk is anybody's guess.
+func (s *sim) submit() {
+	d := s.mem.Disks()[s.rng.IntN(s.disks)]
+	sectors := d.Size / dr.SectorSize
+	first := s.rng.Int64N(sectors)
+	if s.rng.IntN(2) == 0 {
+		first = s.rng.Int64N(min(sectors, 64)) // a hot spot
+	}
+	n := 1 + s.rng.Int64N(min(24, sectors-first))
+	x := dr.Extent{Disk: d.ID, Offset: first * dr.SectorSize, Length: n * dr.SectorSize}
+	for _, f := range s.inflight {
+		if y := f.Extent(); y.Disk == x.Disk && y.Offset < x.End() && x.Offset < y.End() {
+			return
+		}
+	}
+	o := op{tick: s.tick, x: x}
+	var w *capturetest.MemWrite
+	switch s.rng.IntN(8) {
+	case 0:
+		w = s.mem.SubmitZero(x)
+	case 1:
+		w = s.mem.SubmitDiscard(x)
+	default:
+		o.data = make([]byte, x.Length)
+		fill(s.rng, o.data)
+		w = s.mem.Submit(x.Disk, x.Offset, o.data)
+	}
+	s.ops = append(s.ops, o)
+	s.inflight = append(s.inflight, flight{w, s.tick})
+}
+
+func (s *sim) land(i int) {
+	if i < len(s.inflight) {
+		s.inflight[i].Land()
+		s.inflight = append(s.inflight[:i], s.inflight[i+1:]...)
+	}
+}
+
+// step lets the replicator work. A source that can't be told to overflow needs
+// writes that land within its settling time.
+func (s *sim) step() error {
+	for s.plain && len(s.inflight) > 0 && s.inflight[0].tick < s.tick-200 {
+		s.land(0)
+	}
+	_, err := s.rep.step(context.Background(), s.at(), 0)
+	used, _ := s.out.used()
+	s.peak = max(s.peak, used)
+	return err
+}
+
+// receive carries up to n frames to the far side.
+func (s *sim) receive(n int) error {
+	for range n {
+		if s.out.starting().generation == 0 {
+			s.reconnect()
+		}
+		b, _ := s.out.take()
+		if b == nil {
+			return nil
+		}
+		if err := s.far.apply(b, s); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (s *sim) ack() {
+	if s.out.starting().generation > 0 {
+		s.out.acked(s.far.at.Position.Seq, s.far.at.Position.Seq, s.at())
+	}
+	if s.losses {
+		s.saved = append(s.saved, s.far.clone())
+	}
+}
+
+// reconnect breaks the link: what was sent and not received is sent again.
+func (s *sim) reconnect() {
+	s.out.resume(s.far.at, ReasonInitial)
+}
+
+// lose throws the far side back to what it held at some moment.
+func (s *sim) lose() {
+	if n := len(s.saved); n > 0 {
+		i := s.rng.IntN(n)
+		s.far, s.saved = s.saved[i].clone(), s.saved[:i+1]
+		s.reconnect()
+	}
+}
+
+func (s *sim) askTag() {
+	s.tags++
+	id := [16]byte{byte(s.tags), byte(s.tags >> 8), 1}
+	s.asked[id] = s.tick
+	t := dr.Tag{ID: id, Consistency: dr.Crash, Name: fmt.Sprint("tag ", s.tags)}
+	s.rep.tags.ask(t)
+	s.rep.tags.ask(t)
+}
+
+// quiet ends the history: all writes land, everything is carried, and the far
+// side must hold what the disks hold.
+func (s *sim) quiet() error {
+	s.still = true
+	for len(s.inflight) > 0 {
+		s.land(0)
+	}
+	for range 20_000 {
+		s.tick += 5
+		if err := s.step(); err != nil {
+			return err
+		}
+		if err := s.receive(100); err != nil {
+			return err
+		}
+		s.ack()
+		if s.settled() {
+			return s.compare()
+		}
+	}
+	return fmt.Errorf("stream did not become exact: %v %v %+v", s.rep.phase, s.rep.why, s.rep.sync)
+}
+
+func (s *sim) settled() bool {
+	_, frames := s.out.used()
+	return s.rep.phase == Exact && frames == 0 && !s.rep.cut.begun && !s.rep.tags.pending() &&
+		s.far.points > 0 && s.mem.Consumed() == s.mem.Tail()
+}
+
+func (s *sim) compare() error {
+	for _, d := range s.mem.Disks() {
+		if !bytes.Equal(s.far.disks[d.ID], s.mem.Image(d.ID)) {
+			return fmt.Errorf("disk %d after the quiet end: %w", d.ID, errMismatch)
+		}
+	}
+	return nil
+}
+
+// oracle knows the state of all disks at each tick, as if every change had
+// landed when it was submitted. It only goes forward, unless it starts anew.
+type oracle struct {
+	disks map[dr.DiskID][]byte
+	next  int // the first op that is not applied
+}
+
+func (o *oracle) clone() *oracle { return &oracle{disks: cloneDisks(o.disks), next: o.next} }
+
+// forward applies everything up to the tick.
+func (o *oracle) forward(ops []op, tick int64) {
+	for ; o.next < len(ops) && ops[o.next].tick <= tick; o.next++ {
+		x := ops[o.next].x
+		dst := o.disks[x.Disk][x.Offset:x.End()]
+		clear(dst)
+		copy(dst, ops[o.next].data)
+	}
+}
+
+func cloneDisks(m map[dr.DiskID][]byte) map[dr.DiskID][]byte {
+	c := make(map[dr.DiskID][]byte, len(m))
+	for id, b := range m {
+		c[id] = bytes.Clone(b)
+	}
+	return c
+}
+
+// farSide is the smallest receiver: it applies frames to images and compares
+// them with the oracle wherever the stream offers a point.
+type farSide struct {
+	disks  map[dr.DiskID][]byte
+	at     frame.Cursor
+	truth  *oracle // at the newest point; nil before the first
+	points int
+	tagged map[[16]byte]bool
+}
+
+func (f *farSide) clone() *farSide {
+	c := *f
+	c.disks = cloneDisks(f.disks)
+	c.tagged = make(map[[16]byte]bool)
+	for id := range f.tagged {
+		c.tagged[id] = true
+	}
+	if f.truth != nil {
+		c.truth = f.truth.clone()
+	}
+	return &c
+}
+
+var dbg func([]byte)
+
+func (f *farSide) apply(b []byte, s *sim) error {
+	if dbg != nil {
+		dbg(b)
+	}
+	fr, err := frame.Parse(bytes.Clone(b))
+	if err != nil {
+		return err
+	}
+	if err := fr.Check(f.at); err != nil {
+		return err
+	}
+	if err := fr.VerifyChain(f.at.Chain); err != nil {
+		return err
+	}
+	if f.truth == nil {
+		f.truth = s.truth.clone()
+	}
+	payload, err := fr.Payload(nil)
+	if err != nil {
+		return err
+	}
+	for _, x := range fr.All() {
+		dst := f.disks[x.Disk][x.Offset:x.End()]
+		if clear(dst); x.What == dr.Data {
+			copy(dst, payload[x.RawOff:])
+		}
+		if fr.Open {
+			continue
+		}
+		f.truth.forward(s.ops, tickOf(x.Time))
+		if err := f.check(x.Seq); err != nil {
+			return fmt.Errorf("%v frame at time %d: %w", fr.Kind, tickOf(x.Time), err)
+		}
+	}
+	f.at = fr.End()
+	return f.marker(fr, s)
+}
+
+// marker checks heartbeats and tags, which are points as well.
+func (f *farSide) marker(fr *frame.Frame, s *sim) error {
+	switch fr.Kind {
+	case frame.Heartbeat:
+		f.truth.forward(s.ops, tickOf(fr.LastTime))
+	case frame.TagKind:
+		t, err := fr.Tag()
+		if err != nil {
+			return err
+		}
+		if f.tagged[t.ID] {
+			return fmt.Errorf("tag %q placed twice", t.Name)
+		}
+		if f.tagged == nil {
+			f.tagged = make(map[[16]byte]bool)
+		}
+		f.tagged[t.ID] = true
+		f.truth.forward(s.ops, s.asked[t.ID])
+	default:
+		return nil
+	}
+	if fr.Open {
+		return fmt.Errorf("open %v frame", fr.Kind)
+	}
+	return f.check(fr.Last)
+}
+
+func (f *farSide) check(seq dr.Seq) error {
+	f.points++
+	for id, b := range f.disks {
+		if !bytes.Equal(b, f.truth.disks[id]) {
+			return fmt.Errorf("disk %d at point %d: %w", id, seq, errMismatch)
+		}
+	}
+	return nil
+}

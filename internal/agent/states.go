@@ -1,0 +1,41 @@
+package agent
+
+// Phase is what the stream of a machine is doing.
+type Phase uint8
+
+// The phases. Exact and Syncing alternate as overflows come and go.
+const (
+	Waiting Phase = iota // for the receiver to say where the stream stands
+	Syncing              // the dirty set is being read and sent: no recovery points
+	Exact                // every captured write is a recovery point
+	Fenced               // another timeline is current: this machine stood down
+)
+
+// String returns the name of p.
+func (p Phase) String() string {
+	switch p {
+	case Syncing:
+		return "syncing"
+	case Exact:
+		return "exact"
+	case Fenced:
+		return "fenced"
+	}
+	return "waiting"
+}
+
+// Reason says why a stream had to sync.
+type Reason string
+
+// The reasons. They go into reports and events; don't change what they say.
+const (
+	ReasonInitial  Reason = "initial"        // the far side holds nothing of this machine
+	ReasonRestart  Reason = "agent-restart"  // the agent was not running: anything may have been written
+	ReasonOverflow Reason = "overflow"       // changes came faster than they could be taken over
+	ReasonGap      Reason = "receiver-gap"   // the receiver lost frames that were freed here
+	ReasonAhead    Reason = "receiver-ahead" // the receiver holds frames that this agent did not build
+	ReasonMarked   Reason = "marked"         // something was marked dirty while the stream was exact
+)
+
+// full reports whether a sync for this reason reads whole disks.
+func (r Reason) full() bool { return r != ReasonOverflow && r != ReasonMarked }

@@ -1,0 +1,93 @@
+package agent
+
+import (
+	"fmt"
+	"time"
+
+	"farside/internal/capture"
+	"farside/internal/dr"
+)
+
+// tagQueue holds the tags that are asked for and remembers which were placed, so
+// that asking twice tags once.
+type tagQueue struct {
+	wanted []dr.Tag
+	placed map[[16]byte]dr.Position
+	count  int       // how many of wanted are due
+	at     uint64    // stream position that they must not precede
+	when   time.Time // when that was the tail: the time of these tags
+}
+
+// maxPlaced bounds how many placed tags are remembered. The far side ignores a
+// tag that it has, so forgetting one costs a frame.
+const maxPlaced = 1024
+
+// ask adds t unless it was asked for before.
+func (q *tagQueue) ask(t dr.Tag) {
+	if _, ok := q.placed[t.ID]; ok {
+		return
+	}
+	for _, w := range q.wanted {
+		if w.ID == t.ID {
+			return
+		}
+	}
+	q.wanted = append(q.wanted, t)
+}
+
+func (q *tagQueue) pending() bool { return len(q.wanted) > 0 }
+
+// mark returns the stream position that the source must pass before the tags that
+// are due may be placed: they come behind all that was submitted before.
+func (q *tagQueue) mark(src capture.Stream, now time.Time) uint64 {
+	if q.count == 0 && len(q.wanted) > 0 {
+		q.at, q.when, q.count = src.Tail(), now, len(q.wanted)
+	}
+	return q.at
+}
+
+// take returns the tags that are due and forgets their mark.
+func (q *tagQueue) take() []dr.Tag {
+	due := q.wanted[:q.count]
+	q.wanted = append([]dr.Tag(nil), q.wanted[q.count:]...)
+	q.at, q.count = 0, 0
+	return due
+}
+
+func (q *tagQueue) place(t dr.Tag, p dr.Position) {
+	if q.placed == nil || len(q.placed) >= maxPlaced {
+		q.placed = make(map[[16]byte]dr.Position)
+	}
+	q.placed[t.ID] = p
+}
+
+// restart forgets the tags that went behind p: the stream goes another way from
+// there, and who still wants them will ask again.
+func (q *tagQueue) restart(p dr.Position) {
+	q.at, q.count = 0, 0
+	for id, at := range q.placed {
+		if at.Seq > p.Seq {
+			delete(q.placed, id)
+		}
+	}
+}
+
+// putTags places the tags that are due and reports whether there were any.
+func (r *replicator) putTags() (bool, error) {
+	if r.tags.count == 0 {
+		return false, nil
+	}
+	if err := r.cutFrame(); err != nil {
+		return false, err
+	}
+	when := r.tags.when
+	for _, t := range r.tags.take() {
+		b, err := r.enc.Tag(t, when.UnixNano(), false)
+		if err != nil {
+			return false, fmt.Errorf("make tag %q: %w", t.Name, err)
+		}
+		r.put(b, lagRecord{born: when, end: when, quiet: true})
+		r.tags.place(t, r.enc.Cursor().Position)
+	}
+	return true, nil
+}
