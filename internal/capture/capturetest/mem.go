@@ -315,6 +315,9 @@ func (m *Mem) Resume(ctx context.Context) error {
 		m.mu.state++
 	}
 	for m.mu.state%2 == 0 && !m.settledLocked() {
+		if m.mu.closed {
+			return fmt.Errorf("resume: capture closed: %w", dr.ErrUnavailable)
+		}
 		changed := m.mu.changed
 		m.mu.Unlock()
 		select {
@@ -324,9 +327,6 @@ func (m *Mem) Resume(ctx context.Context) error {
 		m.mu.Lock()
 		if err := ctx.Err(); err != nil {
 			return err
-		}
-		if m.mu.closed {
-			return fmt.Errorf("resume: capture closed: %w", dr.ErrUnavailable)
 		}
 	}
 	return nil
