@@ -18,12 +18,13 @@ func (s *ranges) clear()          { s.Clear() }
 
 // syncState is what the drain of the dirty set keeps.
 type syncState struct {
-	resumed  bool      // Resume returned and no Lost came since: what was not captured is dirty
-	await    uint64    // no bulk read before so many Losts were seen, see retreat
-	bulkFrom time.Time // no bulk read before: writes may be in flight that no set knows
-	closing  bool      // all was drained; waiting for the source to pass mark
-	mark     uint64
-	markedAt time.Time
+	resumed    bool // Resume returned and no Lost came since: what was not captured is dirty
+	retreating bool // the source was made to overflow; no bulk read until it has passed await
+	await      uint64
+	bulkFrom   time.Time // no bulk read before: writes may be in flight that no set knows
+	closing    bool      // all was drained; waiting for the source to pass mark
+	mark       uint64
+	markedAt   time.Time
 
 	dirty   int64 // bytes, as of the last count less what was taken since
 	counted bool
@@ -53,7 +54,7 @@ func (r *replicator) note(d *disk, x dr.Extent) {
 	if r.phase != Syncing {
 		return
 	}
-	if !r.retreating() {
+	if !r.sync.retreating {
 		d.written.add(x)
 	}
 	r.touch(d, x)
@@ -108,15 +109,12 @@ func (r *replicator) retreat() error {
 	r.sync.closing, r.sync.counted = false, false
 	if o, ok := r.src.(overflower); ok {
 		o.Overflow()
-		r.sync.await = r.src.Stats().Overflows
+		r.sync.retreating, r.sync.await = true, r.src.Tail()
 		return nil
 	}
 	r.sync.bulkFrom = r.now.Add(r.tune.settle)
 	return nil
 }
-
-// retreating reports whether a Lost is still to come.
-func (r *replicator) retreating() bool { return r.stats.overflows < r.sync.await }
 
 // drain does one piece of a sync: a chunk of bulk data, or the step back to
 // data mode, or the end.
@@ -126,7 +124,10 @@ func (r *replicator) drain(ctx context.Context) error {
 			return err
 		}
 	}
-	if r.retreating() || r.now.Before(r.sync.bulkFrom) {
+	if r.sync.retreating = r.sync.retreating && r.src.Consumed() < r.sync.await; r.sync.retreating {
+		return nil
+	}
+	if r.now.Before(r.sync.bulkFrom) {
 		return nil
 	}
 	if err := r.count(); err != nil {
@@ -213,7 +214,7 @@ func (r *replicator) finish() error {
 // outbox, so that it never makes captured writes wait for room.
 func (r *replicator) bulkRoom() bool {
 	bytes, _ := r.out.used()
-	return bytes+2*r.tune.chunk <= r.tune.memory/2 && !r.retreating() && !r.now.Before(r.sync.bulkFrom)
+	return bytes+2*r.tune.chunk <= r.tune.memory/2 && !r.sync.retreating && !r.now.Before(r.sync.bulkFrom)
 }
 
 // readChunk takes some dirty ranges, reads them and adds them to the stream.

@@ -305,7 +305,7 @@ func (s *sim) quiet() error {
 		}
 		s.ack()
 		if s.settled() {
-			return s.compare()
+			return errors.Join(s.compare(), s.checkMemory())
 		}
 	}
 	return fmt.Errorf("stream did not become exact: %v %v %+v", s.rep.phase, s.rep.why, s.rep.sync)
@@ -315,6 +315,13 @@ func (s *sim) settled() bool {
 	_, frames := s.out.used()
 	return s.rep.phase == Exact && frames == 0 && !s.rep.cut.begun && !s.rep.tags.pending() &&
 		s.far.points > 0 && s.mem.Consumed() == s.mem.Tail()
+}
+
+func (s *sim) checkMemory() error {
+	if s.peak > s.rep.tune.memory {
+		return fmt.Errorf("%d bytes waited in the outbox, limit %d", s.peak, s.rep.tune.memory)
+	}
+	return nil
 }
 
 func (s *sim) compare() error {
@@ -376,12 +383,7 @@ func (f *farSide) clone() *farSide {
 	return &c
 }
 
-var dbg func([]byte)
-
 func (f *farSide) apply(b []byte, s *sim) error {
-	if dbg != nil {
-		dbg(b)
-	}
 	fr, err := frame.Parse(bytes.Clone(b))
 	if err != nil {
 		return err

@@ -1,0 +1,155 @@
+package agent
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strconv"
+	"strings"
+
+	"go.yaml.in/yaml/v3"
+
+	"farside/internal/dr"
+)
+
+// Config is the agent's configuration file. What is replicated is not in it:
+// the configuration server says that.
+type Config struct {
+	// Data is the directory of the agent's identity. It must exist once the
+	// agent has joined.
+	Data string `yaml:"data"`
+	// ConfigServers are host:port of the configuration servers. Empty: those that
+	// the agent was told when it joined.
+	ConfigServers []string `yaml:"config_servers"`
+	// Memory bounds the frames that wait for the process server. At least 32 MiB;
+	// default 64 MiB.
+	Memory Size `yaml:"memory"`
+	// Capture says how writes are captured.
+	Capture CaptureConfig `yaml:"capture"`
+	// LoopDevices also offers loop devices for protection.
+	LoopDevices bool `yaml:"loop_devices"`
+	// Disks are paths that are offered for protection besides those found.
+	Disks []string `yaml:"disks"`
+}
+
+// CaptureConfig chooses and sets the capture driver.
+type CaptureConfig struct {
+	// Driver is "ebpf", "tap", or "auto": ebpf where it can work, tap if it is
+	// set up, and an error otherwise. Default auto.
+	Driver string `yaml:"driver"`
+	// Ring is the size of the buffer between the kernel, or the tap, and the
+	// agent. Default: the driver's.
+	Ring Size      `yaml:"ring"`
+	Tap  TapConfig `yaml:"tap"`
+}
+
+// TapConfig sets the tap up: an NBD server in front of files or devices.
+type TapConfig struct {
+	Socket string    `yaml:"socket"` // Unix socket on which writers connect
+	Disks  []TapDisk `yaml:"disks"`
+}
+
+// TapDisk is one export of the tap.
+type TapDisk struct {
+	Name string `yaml:"name"` // of the export
+	Path string `yaml:"path"` // of the file or device behind it
+}
+
+const (
+	minMemory     = 32 << 20
+	defaultMemory = 64 << 20
+)
+
+// Size is a number of bytes, written as 4096, 64KiB, 64MiB or 1GiB.
+type Size int64
+
+// UnmarshalYAML implements yaml.Unmarshaler.
+func (s *Size) UnmarshalYAML(n *yaml.Node) error {
+	v, err := parseSize(n.Value)
+	if err != nil {
+		return fmt.Errorf("line %d: %w", n.Line, err)
+	}
+	*s = v
+	return nil
+}
+
+func parseSize(text string) (Size, error) {
+	digits, shift := strings.TrimSpace(text), 0
+	for i, unit := range []string{"KiB", "MiB", "GiB", "TiB"} {
+		if d, ok := strings.CutSuffix(digits, unit); ok {
+			digits, shift = strings.TrimSpace(d), 10*(i+1)
+			break
+		}
+	}
+	v, err := strconv.ParseInt(digits, 10, 64)
+	if err != nil || v < 0 || v > 1<<62>>shift {
+		return 0, fmt.Errorf("parse size %q: want a number of bytes, or with KiB, MiB, GiB, TiB: %w", text, dr.ErrInvalid)
+	}
+	return Size(v << shift), nil
+}
+
+// LoadConfig reads the configuration file. Unknown keys are refused. Errors
+// wrap dr.ErrInvalid or are those of reading the file.
+func LoadConfig(path string) (Config, error) {
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return Config{}, fmt.Errorf("read configuration: %w", err)
+	}
+	c, err := ParseConfig(b)
+	if err != nil {
+		return Config{}, fmt.Errorf("configuration %s: %w", path, err)
+	}
+	return c, nil
+}
+
+// ParseConfig reads a configuration and fills the defaults in. Errors wrap
+// dr.ErrInvalid.
+func ParseConfig(b []byte) (Config, error) {
+	c := Config{Memory: defaultMemory, Capture: CaptureConfig{Driver: driverAuto}}
+	d := yaml.NewDecoder(bytes.NewReader(b))
+	d.KnownFields(true)
+	if err := d.Decode(&c); err != nil && !errors.Is(err, io.EOF) {
+		return Config{}, fmt.Errorf("parse: %w: %w", err, dr.ErrInvalid)
+	}
+	return c, c.check()
+}
+
+func (c *Config) check() error {
+	switch {
+	case c.Data == "":
+		return fmt.Errorf("data: missing: %w", dr.ErrInvalid)
+	case c.Memory < minMemory:
+		return fmt.Errorf("memory: %d bytes, need at least %d: %w", c.Memory, minMemory, dr.ErrInvalid)
+	}
+	switch c.Capture.Driver {
+	case driverAuto, driverEBPF:
+	case driverTap:
+		if !c.Capture.Tap.set() {
+			return fmt.Errorf("capture.tap: the driver is tap, but it has no socket or no disks: %w", dr.ErrInvalid)
+		}
+	default:
+		return fmt.Errorf("capture.driver: %q is none of auto, ebpf, tap: %w", c.Capture.Driver, dr.ErrInvalid)
+	}
+	return c.Capture.Tap.check()
+}
+
+func (t *TapConfig) set() bool { return t.Socket != "" && len(t.Disks) > 0 }
+
+func (t *TapConfig) check() error {
+	if (t.Socket == "") != (len(t.Disks) == 0) {
+		return fmt.Errorf("capture.tap: socket and disks go together: %w", dr.ErrInvalid)
+	}
+	seen := make(map[string]bool)
+	for i, d := range t.Disks {
+		if d.Name == "" || d.Path == "" {
+			return fmt.Errorf("capture.tap.disks[%d]: name and path are needed: %w", i, dr.ErrInvalid)
+		}
+		if seen["n"+d.Name] || seen["p"+d.Path] {
+			return fmt.Errorf("capture.tap.disks[%d]: %s or %s is there twice: %w", i, d.Name, d.Path, dr.ErrInvalid)
+		}
+		seen["n"+d.Name], seen["p"+d.Path] = true, true
+	}
+	return nil
+}

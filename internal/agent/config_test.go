@@ -1,0 +1,94 @@
+package agent
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"reflect"
+	"strings"
+	"testing"
+
+	"farside/internal/dr"
+)
+
+func TestParseConfig(t *testing.T) {
+	got, err := ParseConfig([]byte(`
+data: /var/lib/farside
+config_servers: [a:7000, "b:7000"]
+memory: 128MiB
+capture:
+  driver: tap
+  ring: 4 MiB
+  tap:
+    socket: /run/tap.sock
+    disks: [{name: one, path: /srv/one.img}]
+loop_devices: true
+disks: [/srv/two.img]
+`))
+	want := Config{
+		Data: "/var/lib/farside", ConfigServers: []string{"a:7000", "b:7000"}, Memory: 128 << 20,
+		Capture: CaptureConfig{
+			Driver: "tap", Ring: 4 << 20,
+			Tap: TapConfig{Socket: "/run/tap.sock", Disks: []TapDisk{{"one", "/srv/one.img"}}},
+		},
+		LoopDevices: true, Disks: []string{"/srv/two.img"},
+	}
+	if err != nil || !reflect.DeepEqual(got, want) {
+		t.Errorf("got %+v, %v\nwant %+v", got, err, want)
+	}
+	got, err = ParseConfig([]byte("data: d"))
+	if err != nil || got.Memory != 64<<20 || got.Capture.Driver != "auto" {
+		t.Errorf("defaults: %+v, %v", got, err)
+	}
+}
+
+func TestParseConfigRefuses(t *testing.T) {
+	for name, c := range map[string]struct{ text, want string }{
+		"empty":         {"", "data: missing"},
+		"unknown key":   {"data: d\nspeed: 1", "speed"},
+		"unknown below": {"data: d\ncapture: {rings: 1}", "rings"},
+		"little memory": {"data: d\nmemory: 1MiB", "memory"},
+		"bad size":      {"data: d\nmemory: lots", "lots"},
+		"negative size": {"data: d\nmemory: -1", "-1"},
+		"huge size":     {"data: d\nmemory: 9999999TiB", "9999999TiB"},
+		"driver":        {"data: d\ncapture: {driver: magic}", "magic"},
+		"tap not set":   {"data: d\ncapture: {driver: tap}", "capture.tap"},
+		"tap no disks":  {"data: d\ncapture: {tap: {socket: s}}", "go together"},
+		"tap no name":   {"data: d\ncapture: {tap: {socket: s, disks: [{path: p}]}}", "name and path"},
+		"tap twice":     {"data: d\ncapture: {tap: {socket: s, disks: [{name: a, path: p}, {name: b, path: p}]}}", "twice"},
+		"not yaml":      {"\t", "parse"},
+	} {
+		_, err := ParseConfig([]byte(c.text))
+		if !errors.Is(err, dr.ErrInvalid) || !strings.Contains(err.Error(), c.want) {
+			t.Errorf("%s: error %v, want one with %q", name, err, c.want)
+		}
+	}
+}
+
+func TestLoadConfig(t *testing.T) {
+	p := filepath.Join(t.TempDir(), "agent.yaml")
+	if _, err := LoadConfig(p); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("missing file: %v", err)
+	}
+	if err := os.WriteFile(p, []byte("data: d\nx: 1"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := LoadConfig(p); err == nil || !strings.Contains(err.Error(), p) {
+		t.Errorf("bad file: %v", err)
+	}
+	if err := os.WriteFile(p, []byte("data: d"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if c, err := LoadConfig(p); err != nil || c.Data != "d" {
+		t.Errorf("good file: %+v, %v", c, err)
+	}
+}
+
+func FuzzParseConfig(f *testing.F) {
+	f.Add([]byte("data: d\nmemory: 64MiB"))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		if c, err := ParseConfig(b); err == nil && (c.Data == "" || c.Memory < minMemory) {
+			t.Errorf("accepted %q as %+v", b, c)
+		}
+	})
+}
