@@ -1152,15 +1152,19 @@ func (x *TargetMachine) GetRetired() bool {
 }
 
 type ViewAssignment struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	ViewId        string                 `protobuf:"bytes,1,opt,name=view_id,json=viewId,proto3" json:"view_id,omitempty"`
-	MachineId     string                 `protobuf:"bytes,2,opt,name=machine_id,json=machineId,proto3" json:"machine_id,omitempty"`
-	Selector      *Selector              `protobuf:"bytes,3,opt,name=selector,proto3" json:"selector,omitempty"`
-	Writable      bool                   `protobuf:"varint,4,opt,name=writable,proto3" json:"writable,omitempty"`
-	Name          string                 `protobuf:"bytes,5,opt,name=name,proto3" json:"name,omitempty"`                              // for people
-	DiskIds       []uint32               `protobuf:"varint,6,rep,packed,name=disk_ids,json=diskIds,proto3" json:"disk_ids,omitempty"` // none = all
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	ViewId    string                 `protobuf:"bytes,1,opt,name=view_id,json=viewId,proto3" json:"view_id,omitempty"`
+	MachineId string                 `protobuf:"bytes,2,opt,name=machine_id,json=machineId,proto3" json:"machine_id,omitempty"`
+	Selector  *Selector              `protobuf:"bytes,3,opt,name=selector,proto3" json:"selector,omitempty"`
+	Writable  bool                   `protobuf:"varint,4,opt,name=writable,proto3" json:"writable,omitempty"`
+	Name      string                 `protobuf:"bytes,5,opt,name=name,proto3" json:"name,omitempty"`                              // for people
+	DiskIds   []uint32               `protobuf:"varint,6,rep,packed,name=disk_ids,json=diskIds,proto3" json:"disk_ids,omitempty"` // none = all
+	// Where the view was opened once: after a restart it is to be opened there again, whatever
+	// the selector would come to now.
+	Resolved       *Position `protobuf:"bytes,7,opt,name=resolved,proto3" json:"resolved,omitempty"`
+	BranchTimeline uint32    `protobuf:"varint,8,opt,name=branch_timeline,json=branchTimeline,proto3" json:"branch_timeline,omitempty"` // of a writable view: never used before in this machine's history
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *ViewAssignment) Reset() {
@@ -1233,6 +1237,20 @@ func (x *ViewAssignment) GetDiskIds() []uint32 {
 		return x.DiskIds
 	}
 	return nil
+}
+
+func (x *ViewAssignment) GetResolved() *Position {
+	if x != nil {
+		return x.Resolved
+	}
+	return nil
+}
+
+func (x *ViewAssignment) GetBranchTimeline() uint32 {
+	if x != nil {
+		return x.BranchTimeline
+	}
+	return 0
 }
 
 type ReportRequest struct {
@@ -2457,7 +2475,7 @@ const file_farside_v1_node_proto_rawDesc = "" +
 	"\x05disks\x18\x04 \x03(\v2\x10.farside.v1.DiskR\x05disks\x12\x18\n" +
 	"\awriters\x18\x05 \x03(\tR\awriters\x124\n" +
 	"\x16history_window_seconds\x18\x06 \x01(\x03R\x14historyWindowSeconds\x12\x18\n" +
-	"\aretired\x18\a \x01(\bR\aretired\"\xc5\x01\n" +
+	"\aretired\x18\a \x01(\bR\aretired\"\xa0\x02\n" +
 	"\x0eViewAssignment\x12\x17\n" +
 	"\aview_id\x18\x01 \x01(\tR\x06viewId\x12\x1d\n" +
 	"\n" +
@@ -2465,7 +2483,9 @@ const file_farside_v1_node_proto_rawDesc = "" +
 	"\bselector\x18\x03 \x01(\v2\x14.farside.v1.SelectorR\bselector\x12\x1a\n" +
 	"\bwritable\x18\x04 \x01(\bR\bwritable\x12\x12\n" +
 	"\x04name\x18\x05 \x01(\tR\x04name\x12\x19\n" +
-	"\bdisk_ids\x18\x06 \x03(\rR\adiskIds\";\n" +
+	"\bdisk_ids\x18\x06 \x03(\rR\adiskIds\x120\n" +
+	"\bresolved\x18\a \x01(\v2\x14.farside.v1.PositionR\bresolved\x12'\n" +
+	"\x0fbranch_timeline\x18\b \x01(\rR\x0ebranchTimeline\";\n" +
 	"\rReportRequest\x12*\n" +
 	"\x06report\x18\x01 \x01(\v2\x12.farside.v1.ReportR\x06report\"6\n" +
 	"\x0eReportResponse\x12$\n" +
@@ -2636,14 +2656,14 @@ var file_farside_v1_node_proto_goTypes = []any{
 	(Codec)(0),                      // 31: farside.v1.Codec
 	(Consistency)(0),                // 32: farside.v1.Consistency
 	(*Selector)(nil),                // 33: farside.v1.Selector
-	(*Notice)(nil),                  // 34: farside.v1.Notice
-	(Phase)(0),                      // 35: farside.v1.Phase
-	(*Progress)(nil),                // 36: farside.v1.Progress
-	(*Rpo)(nil),                     // 37: farside.v1.Rpo
-	(*DiskStatus)(nil),              // 38: farside.v1.DiskStatus
-	(*DiscoveredDisk)(nil),          // 39: farside.v1.DiscoveredDisk
-	(*Counters)(nil),                // 40: farside.v1.Counters
-	(*Position)(nil),                // 41: farside.v1.Position
+	(*Position)(nil),                // 34: farside.v1.Position
+	(*Notice)(nil),                  // 35: farside.v1.Notice
+	(Phase)(0),                      // 36: farside.v1.Phase
+	(*Progress)(nil),                // 37: farside.v1.Progress
+	(*Rpo)(nil),                     // 38: farside.v1.Rpo
+	(*DiskStatus)(nil),              // 39: farside.v1.DiskStatus
+	(*DiscoveredDisk)(nil),          // 40: farside.v1.DiscoveredDisk
+	(*Counters)(nil),                // 41: farside.v1.Counters
 	(*Point)(nil),                   // 42: farside.v1.Point
 	(*Span)(nil),                    // 43: farside.v1.Span
 	(*TagPoint)(nil),                // 44: farside.v1.TagPoint
@@ -2672,53 +2692,54 @@ var file_farside_v1_node_proto_depIdxs = []int32{
 	16, // 18: farside.v1.MasterTargetAssignment.views:type_name -> farside.v1.ViewAssignment
 	30, // 19: farside.v1.TargetMachine.disks:type_name -> farside.v1.Disk
 	33, // 20: farside.v1.ViewAssignment.selector:type_name -> farside.v1.Selector
-	19, // 21: farside.v1.ReportRequest.report:type_name -> farside.v1.Report
-	29, // 22: farside.v1.Report.host:type_name -> farside.v1.HostInfo
-	34, // 23: farside.v1.Report.notices:type_name -> farside.v1.Notice
-	20, // 24: farside.v1.Report.agent:type_name -> farside.v1.AgentReport
-	23, // 25: farside.v1.Report.process_server:type_name -> farside.v1.ProcessServerReport
-	25, // 26: farside.v1.Report.master_target:type_name -> farside.v1.MasterTargetReport
-	35, // 27: farside.v1.AgentReport.phase:type_name -> farside.v1.Phase
-	36, // 28: farside.v1.AgentReport.progress:type_name -> farside.v1.Progress
-	37, // 29: farside.v1.AgentReport.rpo:type_name -> farside.v1.Rpo
-	38, // 30: farside.v1.AgentReport.disks:type_name -> farside.v1.DiskStatus
-	39, // 31: farside.v1.AgentReport.discovered:type_name -> farside.v1.DiscoveredDisk
-	40, // 32: farside.v1.AgentReport.counters:type_name -> farside.v1.Counters
-	41, // 33: farside.v1.AgentReport.built:type_name -> farside.v1.Position
-	41, // 34: farside.v1.AgentReport.stored:type_name -> farside.v1.Position
-	41, // 35: farside.v1.AgentReport.durable:type_name -> farside.v1.Position
-	21, // 36: farside.v1.AgentReport.capture:type_name -> farside.v1.CaptureStatus
-	22, // 37: farside.v1.AgentReport.tags:type_name -> farside.v1.TagResult
-	34, // 38: farside.v1.AgentReport.events:type_name -> farside.v1.Notice
-	41, // 39: farside.v1.TagResult.position:type_name -> farside.v1.Position
-	32, // 40: farside.v1.TagResult.consistency:type_name -> farside.v1.Consistency
-	24, // 41: farside.v1.ProcessServerReport.streams:type_name -> farside.v1.StreamStatus
-	41, // 42: farside.v1.StreamStatus.stored:type_name -> farside.v1.Position
-	41, // 43: farside.v1.StreamStatus.durable:type_name -> farside.v1.Position
-	26, // 44: farside.v1.MasterTargetReport.machines:type_name -> farside.v1.TargetStatus
-	27, // 45: farside.v1.MasterTargetReport.views:type_name -> farside.v1.ViewStatus
-	41, // 46: farside.v1.TargetStatus.head:type_name -> farside.v1.Position
-	42, // 47: farside.v1.TargetStatus.newest:type_name -> farside.v1.Point
-	41, // 48: farside.v1.TargetStatus.horizon:type_name -> farside.v1.Position
-	43, // 49: farside.v1.TargetStatus.spans:type_name -> farside.v1.Span
-	44, // 50: farside.v1.TargetStatus.tags:type_name -> farside.v1.TagPoint
-	30, // 51: farside.v1.TargetStatus.disks:type_name -> farside.v1.Disk
-	45, // 52: farside.v1.ViewStatus.state:type_name -> farside.v1.ViewState
-	41, // 53: farside.v1.ViewStatus.position:type_name -> farside.v1.Position
-	46, // 54: farside.v1.ViewStatus.exports:type_name -> farside.v1.Export
-	0,  // 55: farside.v1.NodeService.Join:input_type -> farside.v1.JoinRequest
-	2,  // 56: farside.v1.NodeService.Renew:input_type -> farside.v1.RenewRequest
-	4,  // 57: farside.v1.NodeService.Watch:input_type -> farside.v1.WatchRequest
-	17, // 58: farside.v1.NodeService.Report:input_type -> farside.v1.ReportRequest
-	1,  // 59: farside.v1.NodeService.Join:output_type -> farside.v1.JoinResponse
-	3,  // 60: farside.v1.NodeService.Renew:output_type -> farside.v1.RenewResponse
-	5,  // 61: farside.v1.NodeService.Watch:output_type -> farside.v1.WatchResponse
-	18, // 62: farside.v1.NodeService.Report:output_type -> farside.v1.ReportResponse
-	59, // [59:63] is the sub-list for method output_type
-	55, // [55:59] is the sub-list for method input_type
-	55, // [55:55] is the sub-list for extension type_name
-	55, // [55:55] is the sub-list for extension extendee
-	0,  // [0:55] is the sub-list for field type_name
+	34, // 21: farside.v1.ViewAssignment.resolved:type_name -> farside.v1.Position
+	19, // 22: farside.v1.ReportRequest.report:type_name -> farside.v1.Report
+	29, // 23: farside.v1.Report.host:type_name -> farside.v1.HostInfo
+	35, // 24: farside.v1.Report.notices:type_name -> farside.v1.Notice
+	20, // 25: farside.v1.Report.agent:type_name -> farside.v1.AgentReport
+	23, // 26: farside.v1.Report.process_server:type_name -> farside.v1.ProcessServerReport
+	25, // 27: farside.v1.Report.master_target:type_name -> farside.v1.MasterTargetReport
+	36, // 28: farside.v1.AgentReport.phase:type_name -> farside.v1.Phase
+	37, // 29: farside.v1.AgentReport.progress:type_name -> farside.v1.Progress
+	38, // 30: farside.v1.AgentReport.rpo:type_name -> farside.v1.Rpo
+	39, // 31: farside.v1.AgentReport.disks:type_name -> farside.v1.DiskStatus
+	40, // 32: farside.v1.AgentReport.discovered:type_name -> farside.v1.DiscoveredDisk
+	41, // 33: farside.v1.AgentReport.counters:type_name -> farside.v1.Counters
+	34, // 34: farside.v1.AgentReport.built:type_name -> farside.v1.Position
+	34, // 35: farside.v1.AgentReport.stored:type_name -> farside.v1.Position
+	34, // 36: farside.v1.AgentReport.durable:type_name -> farside.v1.Position
+	21, // 37: farside.v1.AgentReport.capture:type_name -> farside.v1.CaptureStatus
+	22, // 38: farside.v1.AgentReport.tags:type_name -> farside.v1.TagResult
+	35, // 39: farside.v1.AgentReport.events:type_name -> farside.v1.Notice
+	34, // 40: farside.v1.TagResult.position:type_name -> farside.v1.Position
+	32, // 41: farside.v1.TagResult.consistency:type_name -> farside.v1.Consistency
+	24, // 42: farside.v1.ProcessServerReport.streams:type_name -> farside.v1.StreamStatus
+	34, // 43: farside.v1.StreamStatus.stored:type_name -> farside.v1.Position
+	34, // 44: farside.v1.StreamStatus.durable:type_name -> farside.v1.Position
+	26, // 45: farside.v1.MasterTargetReport.machines:type_name -> farside.v1.TargetStatus
+	27, // 46: farside.v1.MasterTargetReport.views:type_name -> farside.v1.ViewStatus
+	34, // 47: farside.v1.TargetStatus.head:type_name -> farside.v1.Position
+	42, // 48: farside.v1.TargetStatus.newest:type_name -> farside.v1.Point
+	34, // 49: farside.v1.TargetStatus.horizon:type_name -> farside.v1.Position
+	43, // 50: farside.v1.TargetStatus.spans:type_name -> farside.v1.Span
+	44, // 51: farside.v1.TargetStatus.tags:type_name -> farside.v1.TagPoint
+	30, // 52: farside.v1.TargetStatus.disks:type_name -> farside.v1.Disk
+	45, // 53: farside.v1.ViewStatus.state:type_name -> farside.v1.ViewState
+	34, // 54: farside.v1.ViewStatus.position:type_name -> farside.v1.Position
+	46, // 55: farside.v1.ViewStatus.exports:type_name -> farside.v1.Export
+	0,  // 56: farside.v1.NodeService.Join:input_type -> farside.v1.JoinRequest
+	2,  // 57: farside.v1.NodeService.Renew:input_type -> farside.v1.RenewRequest
+	4,  // 58: farside.v1.NodeService.Watch:input_type -> farside.v1.WatchRequest
+	17, // 59: farside.v1.NodeService.Report:input_type -> farside.v1.ReportRequest
+	1,  // 60: farside.v1.NodeService.Join:output_type -> farside.v1.JoinResponse
+	3,  // 61: farside.v1.NodeService.Renew:output_type -> farside.v1.RenewResponse
+	5,  // 62: farside.v1.NodeService.Watch:output_type -> farside.v1.WatchResponse
+	18, // 63: farside.v1.NodeService.Report:output_type -> farside.v1.ReportResponse
+	60, // [60:64] is the sub-list for method output_type
+	56, // [56:60] is the sub-list for method input_type
+	56, // [56:56] is the sub-list for extension type_name
+	56, // [56:56] is the sub-list for extension extendee
+	0,  // [0:56] is the sub-list for field type_name
 }
 
 func init() { file_farside_v1_node_proto_init() }

@@ -1590,6 +1590,53 @@ func (x *HostInfo) GetMemoryBytes() int64 {
 	return 0
 }
 
+// ErrorReason goes with every error of the API, for programs.
+type ErrorReason struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// "invalid", "not-found", "exists", "denied", "corrupt", "version", "timeline", "full",
+	// "unsupported", "unavailable", "no-point", "timeout", "internal".
+	Kind          string `protobuf:"bytes,1,opt,name=kind,proto3" json:"kind,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ErrorReason) Reset() {
+	*x = ErrorReason{}
+	mi := &file_farside_v1_types_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ErrorReason) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ErrorReason) ProtoMessage() {}
+
+func (x *ErrorReason) ProtoReflect() protoreflect.Message {
+	mi := &file_farside_v1_types_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ErrorReason.ProtoReflect.Descriptor instead.
+func (*ErrorReason) Descriptor() ([]byte, []int) {
+	return file_farside_v1_types_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *ErrorReason) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
 var File_farside_v1_types_proto protoreflect.FileDescriptor
 
 const file_farside_v1_types_proto_rawDesc = "" +
@@ -1695,7 +1742,9 @@ const file_farside_v1_types_proto_rawDesc = "" +
 	"\aboot_id\x18\x06 \x01(\tR\x06bootId\x12\x17\n" +
 	"\aboot_ns\x18\a \x01(\x03R\x06bootNs\x12\x12\n" +
 	"\x04cpus\x18\b \x01(\x05R\x04cpus\x12!\n" +
-	"\fmemory_bytes\x18\t \x01(\x03R\vmemoryBytes*\x86\x01\n" +
+	"\fmemory_bytes\x18\t \x01(\x03R\vmemoryBytes\"!\n" +
+	"\vErrorReason\x12\x12\n" +
+	"\x04kind\x18\x01 \x01(\tR\x04kind*\x86\x01\n" +
 	"\x04Role\x12\x14\n" +
 	"\x10ROLE_UNSPECIFIED\x10\x00\x12\x0e\n" +
 	"\n" +
@@ -1755,7 +1804,7 @@ func file_farside_v1_types_proto_rawDescGZIP() []byte {
 }
 
 var file_farside_v1_types_proto_enumTypes = make([]protoimpl.EnumInfo, 7)
-var file_farside_v1_types_proto_msgTypes = make([]protoimpl.MessageInfo, 14)
+var file_farside_v1_types_proto_msgTypes = make([]protoimpl.MessageInfo, 15)
 var file_farside_v1_types_proto_goTypes = []any{
 	(Role)(0),              // 0: farside.v1.Role
 	(Accuracy)(0),          // 1: farside.v1.Accuracy
@@ -1778,6 +1827,7 @@ var file_farside_v1_types_proto_goTypes = []any{
 	(*DiskStatus)(nil),     // 18: farside.v1.DiskStatus
 	(*Counters)(nil),       // 19: farside.v1.Counters
 	(*HostInfo)(nil),       // 20: farside.v1.HostInfo
+	(*ErrorReason)(nil),    // 21: farside.v1.ErrorReason
 }
 var file_farside_v1_types_proto_depIdxs = []int32{
 	4,  // 0: farside.v1.Notice.severity:type_name -> farside.v1.Severity
@@ -1814,7 +1864,7 @@ func file_farside_v1_types_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_farside_v1_types_proto_rawDesc), len(file_farside_v1_types_proto_rawDesc)),
 			NumEnums:      7,
-			NumMessages:   14,
+			NumMessages:   15,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

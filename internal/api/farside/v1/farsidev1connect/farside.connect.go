@@ -75,32 +75,32 @@ const (
 // FarsideServiceClient is a client for the farside.v1.FarsideService service.
 type FarsideServiceClient interface {
 	// GetServer says what answers: for people who check whether their context works.
-	GetServer(context.Context, *connect.Request[v1.GetServerRequest]) (*connect.Response[v1.GetServerResponse], error)
+	GetServer(context.Context, *v1.GetServerRequest) (*v1.GetServerResponse, error)
 	// CreateToken makes a one-time token that lets one node join.
-	CreateToken(context.Context, *connect.Request[v1.CreateTokenRequest]) (*connect.Response[v1.CreateTokenResponse], error)
+	CreateToken(context.Context, *v1.CreateTokenRequest) (*v1.CreateTokenResponse, error)
 	// ListNodes lists the nodes that joined.
-	ListNodes(context.Context, *connect.Request[v1.ListNodesRequest]) (*connect.Response[v1.ListNodesResponse], error)
+	ListNodes(context.Context, *v1.ListNodesRequest) (*v1.ListNodesResponse, error)
 	// ListMachines lists the machines, without their discovered disks.
-	ListMachines(context.Context, *connect.Request[v1.ListMachinesRequest]) (*connect.Response[v1.ListMachinesResponse], error)
+	ListMachines(context.Context, *v1.ListMachinesRequest) (*v1.ListMachinesResponse, error)
 	// GetMachine shows all that is known of one machine.
-	GetMachine(context.Context, *connect.Request[v1.GetMachineRequest]) (*connect.Response[v1.GetMachineResponse], error)
+	GetMachine(context.Context, *v1.GetMachineRequest) (*v1.GetMachineResponse, error)
 	// ProtectMachine sets which disks of a machine are replicated, and by whom. Called again it
 	// adds disks and changes the rest.
-	ProtectMachine(context.Context, *connect.Request[v1.ProtectMachineRequest]) (*connect.Response[v1.ProtectMachineResponse], error)
+	ProtectMachine(context.Context, *v1.ProtectMachineRequest) (*v1.ProtectMachineResponse, error)
 	// UnprotectMachine ends the replication of a machine. Its history stays readable.
-	UnprotectMachine(context.Context, *connect.Request[v1.UnprotectMachineRequest]) (*connect.Response[v1.UnprotectMachineResponse], error)
+	UnprotectMachine(context.Context, *v1.UnprotectMachineRequest) (*v1.UnprotectMachineResponse, error)
 	// ListPoints lists to which moments a machine can be brought back.
-	ListPoints(context.Context, *connect.Request[v1.ListPointsRequest]) (*connect.Response[v1.ListPointsResponse], error)
+	ListPoints(context.Context, *v1.ListPointsRequest) (*v1.ListPointsResponse, error)
 	// TagPoint places a tag and waits until it is durable on the far side.
-	TagPoint(context.Context, *connect.Request[v1.TagPointRequest]) (*connect.Response[v1.TagPointResponse], error)
+	TagPoint(context.Context, *v1.TagPointRequest) (*v1.TagPointResponse, error)
 	// OpenView opens a machine's disks as they were at a point.
-	OpenView(context.Context, *connect.Request[v1.OpenViewRequest]) (*connect.Response[v1.OpenViewResponse], error)
+	OpenView(context.Context, *v1.OpenViewRequest) (*v1.OpenViewResponse, error)
 	// CloseView closes a view and throws its branch away.
-	CloseView(context.Context, *connect.Request[v1.CloseViewRequest]) (*connect.Response[v1.CloseViewResponse], error)
+	CloseView(context.Context, *v1.CloseViewRequest) (*v1.CloseViewResponse, error)
 	// ListViews lists the views.
-	ListViews(context.Context, *connect.Request[v1.ListViewsRequest]) (*connect.Response[v1.ListViewsResponse], error)
+	ListViews(context.Context, *v1.ListViewsRequest) (*v1.ListViewsResponse, error)
 	// IssueClientCertificate signs a short-lived certificate for using exports over TLS.
-	IssueClientCertificate(context.Context, *connect.Request[v1.IssueClientCertificateRequest]) (*connect.Response[v1.IssueClientCertificateResponse], error)
+	IssueClientCertificate(context.Context, *v1.IssueClientCertificateRequest) (*v1.IssueClientCertificateResponse, error)
 }
 
 // NewFarsideServiceClient constructs a client for the farside.v1.FarsideService service. By
@@ -213,99 +213,151 @@ type farsideServiceClient struct {
 }
 
 // GetServer calls farside.v1.FarsideService.GetServer.
-func (c *farsideServiceClient) GetServer(ctx context.Context, req *connect.Request[v1.GetServerRequest]) (*connect.Response[v1.GetServerResponse], error) {
-	return c.getServer.CallUnary(ctx, req)
+func (c *farsideServiceClient) GetServer(ctx context.Context, req *v1.GetServerRequest) (*v1.GetServerResponse, error) {
+	response, err := c.getServer.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
 }
 
 // CreateToken calls farside.v1.FarsideService.CreateToken.
-func (c *farsideServiceClient) CreateToken(ctx context.Context, req *connect.Request[v1.CreateTokenRequest]) (*connect.Response[v1.CreateTokenResponse], error) {
-	return c.createToken.CallUnary(ctx, req)
+func (c *farsideServiceClient) CreateToken(ctx context.Context, req *v1.CreateTokenRequest) (*v1.CreateTokenResponse, error) {
+	response, err := c.createToken.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
 }
 
 // ListNodes calls farside.v1.FarsideService.ListNodes.
-func (c *farsideServiceClient) ListNodes(ctx context.Context, req *connect.Request[v1.ListNodesRequest]) (*connect.Response[v1.ListNodesResponse], error) {
-	return c.listNodes.CallUnary(ctx, req)
+func (c *farsideServiceClient) ListNodes(ctx context.Context, req *v1.ListNodesRequest) (*v1.ListNodesResponse, error) {
+	response, err := c.listNodes.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
 }
 
 // ListMachines calls farside.v1.FarsideService.ListMachines.
-func (c *farsideServiceClient) ListMachines(ctx context.Context, req *connect.Request[v1.ListMachinesRequest]) (*connect.Response[v1.ListMachinesResponse], error) {
-	return c.listMachines.CallUnary(ctx, req)
+func (c *farsideServiceClient) ListMachines(ctx context.Context, req *v1.ListMachinesRequest) (*v1.ListMachinesResponse, error) {
+	response, err := c.listMachines.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
 }
 
 // GetMachine calls farside.v1.FarsideService.GetMachine.
-func (c *farsideServiceClient) GetMachine(ctx context.Context, req *connect.Request[v1.GetMachineRequest]) (*connect.Response[v1.GetMachineResponse], error) {
-	return c.getMachine.CallUnary(ctx, req)
+func (c *farsideServiceClient) GetMachine(ctx context.Context, req *v1.GetMachineRequest) (*v1.GetMachineResponse, error) {
+	response, err := c.getMachine.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
 }
 
 // ProtectMachine calls farside.v1.FarsideService.ProtectMachine.
-func (c *farsideServiceClient) ProtectMachine(ctx context.Context, req *connect.Request[v1.ProtectMachineRequest]) (*connect.Response[v1.ProtectMachineResponse], error) {
-	return c.protectMachine.CallUnary(ctx, req)
+func (c *farsideServiceClient) ProtectMachine(ctx context.Context, req *v1.ProtectMachineRequest) (*v1.ProtectMachineResponse, error) {
+	response, err := c.protectMachine.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
 }
 
 // UnprotectMachine calls farside.v1.FarsideService.UnprotectMachine.
-func (c *farsideServiceClient) UnprotectMachine(ctx context.Context, req *connect.Request[v1.UnprotectMachineRequest]) (*connect.Response[v1.UnprotectMachineResponse], error) {
-	return c.unprotectMachine.CallUnary(ctx, req)
+func (c *farsideServiceClient) UnprotectMachine(ctx context.Context, req *v1.UnprotectMachineRequest) (*v1.UnprotectMachineResponse, error) {
+	response, err := c.unprotectMachine.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
 }
 
 // ListPoints calls farside.v1.FarsideService.ListPoints.
-func (c *farsideServiceClient) ListPoints(ctx context.Context, req *connect.Request[v1.ListPointsRequest]) (*connect.Response[v1.ListPointsResponse], error) {
-	return c.listPoints.CallUnary(ctx, req)
+func (c *farsideServiceClient) ListPoints(ctx context.Context, req *v1.ListPointsRequest) (*v1.ListPointsResponse, error) {
+	response, err := c.listPoints.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
 }
 
 // TagPoint calls farside.v1.FarsideService.TagPoint.
-func (c *farsideServiceClient) TagPoint(ctx context.Context, req *connect.Request[v1.TagPointRequest]) (*connect.Response[v1.TagPointResponse], error) {
-	return c.tagPoint.CallUnary(ctx, req)
+func (c *farsideServiceClient) TagPoint(ctx context.Context, req *v1.TagPointRequest) (*v1.TagPointResponse, error) {
+	response, err := c.tagPoint.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
 }
 
 // OpenView calls farside.v1.FarsideService.OpenView.
-func (c *farsideServiceClient) OpenView(ctx context.Context, req *connect.Request[v1.OpenViewRequest]) (*connect.Response[v1.OpenViewResponse], error) {
-	return c.openView.CallUnary(ctx, req)
+func (c *farsideServiceClient) OpenView(ctx context.Context, req *v1.OpenViewRequest) (*v1.OpenViewResponse, error) {
+	response, err := c.openView.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
 }
 
 // CloseView calls farside.v1.FarsideService.CloseView.
-func (c *farsideServiceClient) CloseView(ctx context.Context, req *connect.Request[v1.CloseViewRequest]) (*connect.Response[v1.CloseViewResponse], error) {
-	return c.closeView.CallUnary(ctx, req)
+func (c *farsideServiceClient) CloseView(ctx context.Context, req *v1.CloseViewRequest) (*v1.CloseViewResponse, error) {
+	response, err := c.closeView.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
 }
 
 // ListViews calls farside.v1.FarsideService.ListViews.
-func (c *farsideServiceClient) ListViews(ctx context.Context, req *connect.Request[v1.ListViewsRequest]) (*connect.Response[v1.ListViewsResponse], error) {
-	return c.listViews.CallUnary(ctx, req)
+func (c *farsideServiceClient) ListViews(ctx context.Context, req *v1.ListViewsRequest) (*v1.ListViewsResponse, error) {
+	response, err := c.listViews.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
 }
 
 // IssueClientCertificate calls farside.v1.FarsideService.IssueClientCertificate.
-func (c *farsideServiceClient) IssueClientCertificate(ctx context.Context, req *connect.Request[v1.IssueClientCertificateRequest]) (*connect.Response[v1.IssueClientCertificateResponse], error) {
-	return c.issueClientCertificate.CallUnary(ctx, req)
+func (c *farsideServiceClient) IssueClientCertificate(ctx context.Context, req *v1.IssueClientCertificateRequest) (*v1.IssueClientCertificateResponse, error) {
+	response, err := c.issueClientCertificate.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
 }
 
 // FarsideServiceHandler is an implementation of the farside.v1.FarsideService service.
 type FarsideServiceHandler interface {
 	// GetServer says what answers: for people who check whether their context works.
-	GetServer(context.Context, *connect.Request[v1.GetServerRequest]) (*connect.Response[v1.GetServerResponse], error)
+	GetServer(context.Context, *v1.GetServerRequest) (*v1.GetServerResponse, error)
 	// CreateToken makes a one-time token that lets one node join.
-	CreateToken(context.Context, *connect.Request[v1.CreateTokenRequest]) (*connect.Response[v1.CreateTokenResponse], error)
+	CreateToken(context.Context, *v1.CreateTokenRequest) (*v1.CreateTokenResponse, error)
 	// ListNodes lists the nodes that joined.
-	ListNodes(context.Context, *connect.Request[v1.ListNodesRequest]) (*connect.Response[v1.ListNodesResponse], error)
+	ListNodes(context.Context, *v1.ListNodesRequest) (*v1.ListNodesResponse, error)
 	// ListMachines lists the machines, without their discovered disks.
-	ListMachines(context.Context, *connect.Request[v1.ListMachinesRequest]) (*connect.Response[v1.ListMachinesResponse], error)
+	ListMachines(context.Context, *v1.ListMachinesRequest) (*v1.ListMachinesResponse, error)
 	// GetMachine shows all that is known of one machine.
-	GetMachine(context.Context, *connect.Request[v1.GetMachineRequest]) (*connect.Response[v1.GetMachineResponse], error)
+	GetMachine(context.Context, *v1.GetMachineRequest) (*v1.GetMachineResponse, error)
 	// ProtectMachine sets which disks of a machine are replicated, and by whom. Called again it
 	// adds disks and changes the rest.
-	ProtectMachine(context.Context, *connect.Request[v1.ProtectMachineRequest]) (*connect.Response[v1.ProtectMachineResponse], error)
+	ProtectMachine(context.Context, *v1.ProtectMachineRequest) (*v1.ProtectMachineResponse, error)
 	// UnprotectMachine ends the replication of a machine. Its history stays readable.
-	UnprotectMachine(context.Context, *connect.Request[v1.UnprotectMachineRequest]) (*connect.Response[v1.UnprotectMachineResponse], error)
+	UnprotectMachine(context.Context, *v1.UnprotectMachineRequest) (*v1.UnprotectMachineResponse, error)
 	// ListPoints lists to which moments a machine can be brought back.
-	ListPoints(context.Context, *connect.Request[v1.ListPointsRequest]) (*connect.Response[v1.ListPointsResponse], error)
+	ListPoints(context.Context, *v1.ListPointsRequest) (*v1.ListPointsResponse, error)
 	// TagPoint places a tag and waits until it is durable on the far side.
-	TagPoint(context.Context, *connect.Request[v1.TagPointRequest]) (*connect.Response[v1.TagPointResponse], error)
+	TagPoint(context.Context, *v1.TagPointRequest) (*v1.TagPointResponse, error)
 	// OpenView opens a machine's disks as they were at a point.
-	OpenView(context.Context, *connect.Request[v1.OpenViewRequest]) (*connect.Response[v1.OpenViewResponse], error)
+	OpenView(context.Context, *v1.OpenViewRequest) (*v1.OpenViewResponse, error)
 	// CloseView closes a view and throws its branch away.
-	CloseView(context.Context, *connect.Request[v1.CloseViewRequest]) (*connect.Response[v1.CloseViewResponse], error)
+	CloseView(context.Context, *v1.CloseViewRequest) (*v1.CloseViewResponse, error)
 	// ListViews lists the views.
-	ListViews(context.Context, *connect.Request[v1.ListViewsRequest]) (*connect.Response[v1.ListViewsResponse], error)
+	ListViews(context.Context, *v1.ListViewsRequest) (*v1.ListViewsResponse, error)
 	// IssueClientCertificate signs a short-lived certificate for using exports over TLS.
-	IssueClientCertificate(context.Context, *connect.Request[v1.IssueClientCertificateRequest]) (*connect.Response[v1.IssueClientCertificateResponse], error)
+	IssueClientCertificate(context.Context, *v1.IssueClientCertificateRequest) (*v1.IssueClientCertificateResponse, error)
 }
 
 // NewFarsideServiceHandler builds an HTTP handler from the service implementation. It returns the
@@ -315,79 +367,79 @@ type FarsideServiceHandler interface {
 // and JSON codecs. They also support gzip compression.
 func NewFarsideServiceHandler(svc FarsideServiceHandler, opts ...connect.HandlerOption) (string, http.Handler) {
 	farsideServiceMethods := v1.File_farside_v1_farside_proto.Services().ByName("FarsideService").Methods()
-	farsideServiceGetServerHandler := connect.NewUnaryHandler(
+	farsideServiceGetServerHandler := connect.NewUnaryHandlerSimple(
 		FarsideServiceGetServerProcedure,
 		svc.GetServer,
 		connect.WithSchema(farsideServiceMethods.ByName("GetServer")),
 		connect.WithHandlerOptions(opts...),
 	)
-	farsideServiceCreateTokenHandler := connect.NewUnaryHandler(
+	farsideServiceCreateTokenHandler := connect.NewUnaryHandlerSimple(
 		FarsideServiceCreateTokenProcedure,
 		svc.CreateToken,
 		connect.WithSchema(farsideServiceMethods.ByName("CreateToken")),
 		connect.WithHandlerOptions(opts...),
 	)
-	farsideServiceListNodesHandler := connect.NewUnaryHandler(
+	farsideServiceListNodesHandler := connect.NewUnaryHandlerSimple(
 		FarsideServiceListNodesProcedure,
 		svc.ListNodes,
 		connect.WithSchema(farsideServiceMethods.ByName("ListNodes")),
 		connect.WithHandlerOptions(opts...),
 	)
-	farsideServiceListMachinesHandler := connect.NewUnaryHandler(
+	farsideServiceListMachinesHandler := connect.NewUnaryHandlerSimple(
 		FarsideServiceListMachinesProcedure,
 		svc.ListMachines,
 		connect.WithSchema(farsideServiceMethods.ByName("ListMachines")),
 		connect.WithHandlerOptions(opts...),
 	)
-	farsideServiceGetMachineHandler := connect.NewUnaryHandler(
+	farsideServiceGetMachineHandler := connect.NewUnaryHandlerSimple(
 		FarsideServiceGetMachineProcedure,
 		svc.GetMachine,
 		connect.WithSchema(farsideServiceMethods.ByName("GetMachine")),
 		connect.WithHandlerOptions(opts...),
 	)
-	farsideServiceProtectMachineHandler := connect.NewUnaryHandler(
+	farsideServiceProtectMachineHandler := connect.NewUnaryHandlerSimple(
 		FarsideServiceProtectMachineProcedure,
 		svc.ProtectMachine,
 		connect.WithSchema(farsideServiceMethods.ByName("ProtectMachine")),
 		connect.WithHandlerOptions(opts...),
 	)
-	farsideServiceUnprotectMachineHandler := connect.NewUnaryHandler(
+	farsideServiceUnprotectMachineHandler := connect.NewUnaryHandlerSimple(
 		FarsideServiceUnprotectMachineProcedure,
 		svc.UnprotectMachine,
 		connect.WithSchema(farsideServiceMethods.ByName("UnprotectMachine")),
 		connect.WithHandlerOptions(opts...),
 	)
-	farsideServiceListPointsHandler := connect.NewUnaryHandler(
+	farsideServiceListPointsHandler := connect.NewUnaryHandlerSimple(
 		FarsideServiceListPointsProcedure,
 		svc.ListPoints,
 		connect.WithSchema(farsideServiceMethods.ByName("ListPoints")),
 		connect.WithHandlerOptions(opts...),
 	)
-	farsideServiceTagPointHandler := connect.NewUnaryHandler(
+	farsideServiceTagPointHandler := connect.NewUnaryHandlerSimple(
 		FarsideServiceTagPointProcedure,
 		svc.TagPoint,
 		connect.WithSchema(farsideServiceMethods.ByName("TagPoint")),
 		connect.WithHandlerOptions(opts...),
 	)
-	farsideServiceOpenViewHandler := connect.NewUnaryHandler(
+	farsideServiceOpenViewHandler := connect.NewUnaryHandlerSimple(
 		FarsideServiceOpenViewProcedure,
 		svc.OpenView,
 		connect.WithSchema(farsideServiceMethods.ByName("OpenView")),
 		connect.WithHandlerOptions(opts...),
 	)
-	farsideServiceCloseViewHandler := connect.NewUnaryHandler(
+	farsideServiceCloseViewHandler := connect.NewUnaryHandlerSimple(
 		FarsideServiceCloseViewProcedure,
 		svc.CloseView,
 		connect.WithSchema(farsideServiceMethods.ByName("CloseView")),
 		connect.WithHandlerOptions(opts...),
 	)
-	farsideServiceListViewsHandler := connect.NewUnaryHandler(
+	farsideServiceListViewsHandler := connect.NewUnaryHandlerSimple(
 		FarsideServiceListViewsProcedure,
 		svc.ListViews,
 		connect.WithSchema(farsideServiceMethods.ByName("ListViews")),
 		connect.WithHandlerOptions(opts...),
 	)
-	farsideServiceIssueClientCertificateHandler := connect.NewUnaryHandler(
+	farsideServiceIssueClientCertificateHandler := connect.NewUnaryHandlerSimple(
 		FarsideServiceIssueClientCertificateProcedure,
 		svc.IssueClientCertificate,
 		connect.WithSchema(farsideServiceMethods.ByName("IssueClientCertificate")),
@@ -430,54 +482,54 @@ func NewFarsideServiceHandler(svc FarsideServiceHandler, opts ...connect.Handler
 // UnimplementedFarsideServiceHandler returns CodeUnimplemented from all methods.
 type UnimplementedFarsideServiceHandler struct{}
 
-func (UnimplementedFarsideServiceHandler) GetServer(context.Context, *connect.Request[v1.GetServerRequest]) (*connect.Response[v1.GetServerResponse], error) {
+func (UnimplementedFarsideServiceHandler) GetServer(context.Context, *v1.GetServerRequest) (*v1.GetServerResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("farside.v1.FarsideService.GetServer is not implemented"))
 }
 
-func (UnimplementedFarsideServiceHandler) CreateToken(context.Context, *connect.Request[v1.CreateTokenRequest]) (*connect.Response[v1.CreateTokenResponse], error) {
+func (UnimplementedFarsideServiceHandler) CreateToken(context.Context, *v1.CreateTokenRequest) (*v1.CreateTokenResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("farside.v1.FarsideService.CreateToken is not implemented"))
 }
 
-func (UnimplementedFarsideServiceHandler) ListNodes(context.Context, *connect.Request[v1.ListNodesRequest]) (*connect.Response[v1.ListNodesResponse], error) {
+func (UnimplementedFarsideServiceHandler) ListNodes(context.Context, *v1.ListNodesRequest) (*v1.ListNodesResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("farside.v1.FarsideService.ListNodes is not implemented"))
 }
 
-func (UnimplementedFarsideServiceHandler) ListMachines(context.Context, *connect.Request[v1.ListMachinesRequest]) (*connect.Response[v1.ListMachinesResponse], error) {
+func (UnimplementedFarsideServiceHandler) ListMachines(context.Context, *v1.ListMachinesRequest) (*v1.ListMachinesResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("farside.v1.FarsideService.ListMachines is not implemented"))
 }
 
-func (UnimplementedFarsideServiceHandler) GetMachine(context.Context, *connect.Request[v1.GetMachineRequest]) (*connect.Response[v1.GetMachineResponse], error) {
+func (UnimplementedFarsideServiceHandler) GetMachine(context.Context, *v1.GetMachineRequest) (*v1.GetMachineResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("farside.v1.FarsideService.GetMachine is not implemented"))
 }
 
-func (UnimplementedFarsideServiceHandler) ProtectMachine(context.Context, *connect.Request[v1.ProtectMachineRequest]) (*connect.Response[v1.ProtectMachineResponse], error) {
+func (UnimplementedFarsideServiceHandler) ProtectMachine(context.Context, *v1.ProtectMachineRequest) (*v1.ProtectMachineResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("farside.v1.FarsideService.ProtectMachine is not implemented"))
 }
 
-func (UnimplementedFarsideServiceHandler) UnprotectMachine(context.Context, *connect.Request[v1.UnprotectMachineRequest]) (*connect.Response[v1.UnprotectMachineResponse], error) {
+func (UnimplementedFarsideServiceHandler) UnprotectMachine(context.Context, *v1.UnprotectMachineRequest) (*v1.UnprotectMachineResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("farside.v1.FarsideService.UnprotectMachine is not implemented"))
 }
 
-func (UnimplementedFarsideServiceHandler) ListPoints(context.Context, *connect.Request[v1.ListPointsRequest]) (*connect.Response[v1.ListPointsResponse], error) {
+func (UnimplementedFarsideServiceHandler) ListPoints(context.Context, *v1.ListPointsRequest) (*v1.ListPointsResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("farside.v1.FarsideService.ListPoints is not implemented"))
 }
 
-func (UnimplementedFarsideServiceHandler) TagPoint(context.Context, *connect.Request[v1.TagPointRequest]) (*connect.Response[v1.TagPointResponse], error) {
+func (UnimplementedFarsideServiceHandler) TagPoint(context.Context, *v1.TagPointRequest) (*v1.TagPointResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("farside.v1.FarsideService.TagPoint is not implemented"))
 }
 
-func (UnimplementedFarsideServiceHandler) OpenView(context.Context, *connect.Request[v1.OpenViewRequest]) (*connect.Response[v1.OpenViewResponse], error) {
+func (UnimplementedFarsideServiceHandler) OpenView(context.Context, *v1.OpenViewRequest) (*v1.OpenViewResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("farside.v1.FarsideService.OpenView is not implemented"))
 }
 
-func (UnimplementedFarsideServiceHandler) CloseView(context.Context, *connect.Request[v1.CloseViewRequest]) (*connect.Response[v1.CloseViewResponse], error) {
+func (UnimplementedFarsideServiceHandler) CloseView(context.Context, *v1.CloseViewRequest) (*v1.CloseViewResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("farside.v1.FarsideService.CloseView is not implemented"))
 }
 
-func (UnimplementedFarsideServiceHandler) ListViews(context.Context, *connect.Request[v1.ListViewsRequest]) (*connect.Response[v1.ListViewsResponse], error) {
+func (UnimplementedFarsideServiceHandler) ListViews(context.Context, *v1.ListViewsRequest) (*v1.ListViewsResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("farside.v1.FarsideService.ListViews is not implemented"))
 }
 
-func (UnimplementedFarsideServiceHandler) IssueClientCertificate(context.Context, *connect.Request[v1.IssueClientCertificateRequest]) (*connect.Response[v1.IssueClientCertificateResponse], error) {
+func (UnimplementedFarsideServiceHandler) IssueClientCertificate(context.Context, *v1.IssueClientCertificateRequest) (*v1.IssueClientCertificateResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("farside.v1.FarsideService.IssueClientCertificate is not implemented"))
 }

@@ -46,14 +46,14 @@ const (
 // NodeServiceClient is a client for the farside.v1.NodeService service.
 type NodeServiceClient interface {
 	// Join makes a node of its caller: a one-time token buys a certificate.
-	Join(context.Context, *connect.Request[v1.JoinRequest]) (*connect.Response[v1.JoinResponse], error)
+	Join(context.Context, *v1.JoinRequest) (*v1.JoinResponse, error)
 	// Renew exchanges a valid certificate for a new one of the same name.
-	Renew(context.Context, *connect.Request[v1.RenewRequest]) (*connect.Response[v1.RenewResponse], error)
+	Renew(context.Context, *v1.RenewRequest) (*v1.RenewResponse, error)
 	// Watch answers with the caller's assignment as soon as its revision is another than the
 	// one named, or without an assignment after wait_ms (25 s at most).
-	Watch(context.Context, *connect.Request[v1.WatchRequest]) (*connect.Response[v1.WatchResponse], error)
+	Watch(context.Context, *v1.WatchRequest) (*v1.WatchResponse, error)
 	// Report tells what is. A report replaces the one before.
-	Report(context.Context, *connect.Request[v1.ReportRequest]) (*connect.Response[v1.ReportResponse], error)
+	Report(context.Context, *v1.ReportRequest) (*v1.ReportResponse, error)
 }
 
 // NewNodeServiceClient constructs a client for the farside.v1.NodeService service. By default, it
@@ -103,36 +103,52 @@ type nodeServiceClient struct {
 }
 
 // Join calls farside.v1.NodeService.Join.
-func (c *nodeServiceClient) Join(ctx context.Context, req *connect.Request[v1.JoinRequest]) (*connect.Response[v1.JoinResponse], error) {
-	return c.join.CallUnary(ctx, req)
+func (c *nodeServiceClient) Join(ctx context.Context, req *v1.JoinRequest) (*v1.JoinResponse, error) {
+	response, err := c.join.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
 }
 
 // Renew calls farside.v1.NodeService.Renew.
-func (c *nodeServiceClient) Renew(ctx context.Context, req *connect.Request[v1.RenewRequest]) (*connect.Response[v1.RenewResponse], error) {
-	return c.renew.CallUnary(ctx, req)
+func (c *nodeServiceClient) Renew(ctx context.Context, req *v1.RenewRequest) (*v1.RenewResponse, error) {
+	response, err := c.renew.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
 }
 
 // Watch calls farside.v1.NodeService.Watch.
-func (c *nodeServiceClient) Watch(ctx context.Context, req *connect.Request[v1.WatchRequest]) (*connect.Response[v1.WatchResponse], error) {
-	return c.watch.CallUnary(ctx, req)
+func (c *nodeServiceClient) Watch(ctx context.Context, req *v1.WatchRequest) (*v1.WatchResponse, error) {
+	response, err := c.watch.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
 }
 
 // Report calls farside.v1.NodeService.Report.
-func (c *nodeServiceClient) Report(ctx context.Context, req *connect.Request[v1.ReportRequest]) (*connect.Response[v1.ReportResponse], error) {
-	return c.report.CallUnary(ctx, req)
+func (c *nodeServiceClient) Report(ctx context.Context, req *v1.ReportRequest) (*v1.ReportResponse, error) {
+	response, err := c.report.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
 }
 
 // NodeServiceHandler is an implementation of the farside.v1.NodeService service.
 type NodeServiceHandler interface {
 	// Join makes a node of its caller: a one-time token buys a certificate.
-	Join(context.Context, *connect.Request[v1.JoinRequest]) (*connect.Response[v1.JoinResponse], error)
+	Join(context.Context, *v1.JoinRequest) (*v1.JoinResponse, error)
 	// Renew exchanges a valid certificate for a new one of the same name.
-	Renew(context.Context, *connect.Request[v1.RenewRequest]) (*connect.Response[v1.RenewResponse], error)
+	Renew(context.Context, *v1.RenewRequest) (*v1.RenewResponse, error)
 	// Watch answers with the caller's assignment as soon as its revision is another than the
 	// one named, or without an assignment after wait_ms (25 s at most).
-	Watch(context.Context, *connect.Request[v1.WatchRequest]) (*connect.Response[v1.WatchResponse], error)
+	Watch(context.Context, *v1.WatchRequest) (*v1.WatchResponse, error)
 	// Report tells what is. A report replaces the one before.
-	Report(context.Context, *connect.Request[v1.ReportRequest]) (*connect.Response[v1.ReportResponse], error)
+	Report(context.Context, *v1.ReportRequest) (*v1.ReportResponse, error)
 }
 
 // NewNodeServiceHandler builds an HTTP handler from the service implementation. It returns the path
@@ -142,25 +158,25 @@ type NodeServiceHandler interface {
 // and JSON codecs. They also support gzip compression.
 func NewNodeServiceHandler(svc NodeServiceHandler, opts ...connect.HandlerOption) (string, http.Handler) {
 	nodeServiceMethods := v1.File_farside_v1_node_proto.Services().ByName("NodeService").Methods()
-	nodeServiceJoinHandler := connect.NewUnaryHandler(
+	nodeServiceJoinHandler := connect.NewUnaryHandlerSimple(
 		NodeServiceJoinProcedure,
 		svc.Join,
 		connect.WithSchema(nodeServiceMethods.ByName("Join")),
 		connect.WithHandlerOptions(opts...),
 	)
-	nodeServiceRenewHandler := connect.NewUnaryHandler(
+	nodeServiceRenewHandler := connect.NewUnaryHandlerSimple(
 		NodeServiceRenewProcedure,
 		svc.Renew,
 		connect.WithSchema(nodeServiceMethods.ByName("Renew")),
 		connect.WithHandlerOptions(opts...),
 	)
-	nodeServiceWatchHandler := connect.NewUnaryHandler(
+	nodeServiceWatchHandler := connect.NewUnaryHandlerSimple(
 		NodeServiceWatchProcedure,
 		svc.Watch,
 		connect.WithSchema(nodeServiceMethods.ByName("Watch")),
 		connect.WithHandlerOptions(opts...),
 	)
-	nodeServiceReportHandler := connect.NewUnaryHandler(
+	nodeServiceReportHandler := connect.NewUnaryHandlerSimple(
 		NodeServiceReportProcedure,
 		svc.Report,
 		connect.WithSchema(nodeServiceMethods.ByName("Report")),
@@ -185,18 +201,18 @@ func NewNodeServiceHandler(svc NodeServiceHandler, opts ...connect.HandlerOption
 // UnimplementedNodeServiceHandler returns CodeUnimplemented from all methods.
 type UnimplementedNodeServiceHandler struct{}
 
-func (UnimplementedNodeServiceHandler) Join(context.Context, *connect.Request[v1.JoinRequest]) (*connect.Response[v1.JoinResponse], error) {
+func (UnimplementedNodeServiceHandler) Join(context.Context, *v1.JoinRequest) (*v1.JoinResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("farside.v1.NodeService.Join is not implemented"))
 }
 
-func (UnimplementedNodeServiceHandler) Renew(context.Context, *connect.Request[v1.RenewRequest]) (*connect.Response[v1.RenewResponse], error) {
+func (UnimplementedNodeServiceHandler) Renew(context.Context, *v1.RenewRequest) (*v1.RenewResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("farside.v1.NodeService.Renew is not implemented"))
 }
 
-func (UnimplementedNodeServiceHandler) Watch(context.Context, *connect.Request[v1.WatchRequest]) (*connect.Response[v1.WatchResponse], error) {
+func (UnimplementedNodeServiceHandler) Watch(context.Context, *v1.WatchRequest) (*v1.WatchResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("farside.v1.NodeService.Watch is not implemented"))
 }
 
-func (UnimplementedNodeServiceHandler) Report(context.Context, *connect.Request[v1.ReportRequest]) (*connect.Response[v1.ReportResponse], error) {
+func (UnimplementedNodeServiceHandler) Report(context.Context, *v1.ReportRequest) (*v1.ReportResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("farside.v1.NodeService.Report is not implemented"))
 }
