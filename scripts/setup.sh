@@ -94,7 +94,7 @@ if ! ls "$guest"/boot/vmlinuz-* >/dev/null 2>&1; then
 			chmod 755 "$tmp"
 			if (cd "$tmp" && apt-get -qq -o APT::Sandbox::User=root download "$package" >/dev/null) && dpkg -x "$tmp"/*.deb "$tmp/x"; then
 				# Ubuntu keeps the modules in a package of their own.
-				if ! ls -d "$tmp"/x/lib/modules/* "$tmp"/x/usr/lib/modules/* >/dev/null 2>&1; then
+				if ! compgen -G "$tmp/x/lib/modules/*" >/dev/null && ! compgen -G "$tmp/x/usr/lib/modules/*" >/dev/null; then
 					(cd "$tmp" && apt-get -qq -o APT::Sandbox::User=root download "${package/image/modules}" >/dev/null &&
 						dpkg -x "${package/image/modules}"*.deb x) || true
 				fi

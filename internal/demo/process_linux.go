@@ -1,0 +1,15 @@
+package demo
+
+import (
+	"os"
+	"os/exec"
+	"syscall"
+)
+
+// dieWithParent lets the kernel kill cmd when the demo is killed, and keeps an interrupt from the terminal away
+// from it: the demo ends its processes in order.
+func dieWithParent(cmd *exec.Cmd) {
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Setpgid: true}
+}
+
+func terminate(p *os.Process) error { return p.Signal(syscall.SIGTERM) }
