@@ -1,0 +1,100 @@
+package link
+
+import (
+	"bufio"
+	"context"
+	"net"
+	"sync"
+	"time"
+)
+
+const (
+	pingEvery   = 5 * time.Second
+	deadAfter   = 20 * time.Second
+	lingerFor   = time.Second // after a refusal, for the sender to read it
+	readBuffer  = 256 << 10
+	writeBuffer = 64 << 10 // header and body leave in one piece
+	groupBytes  = 8 << 20 // frames handed to a sink at once
+	groupFrames = 256
+)
+
+// writer lets several goroutines write whole messages to a connection.
+type writer struct {
+	mu struct {
+		sync.Mutex
+		buf   *bufio.Writer
+		wrote bool // since the last tick of keepAlive
+	}
+}
+
+func newWriter(conn net.Conn) *writer {
+	w := &writer{}
+	w.mu.buf = bufio.NewWriterSize(conn, writeBuffer)
+	return w
+}
+
+// write sends one message, given as its header and body or in one piece.
+func (w *writer) write(parts ...[]byte) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.mu.wrote = true
+	for _, p := range parts {
+		if _, err := w.mu.buf.Write(p); err != nil {
+			return err
+		}
+	}
+	return w.mu.buf.Flush()
+}
+
+// keepAlive shows life while nothing else is sent, until ctx ends.
+func (w *writer) keepAlive(ctx context.Context) error {
+	tick := time.NewTicker(pingEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		}
+		w.mu.Lock()
+		idle := !w.mu.wrote
+		w.mu.wrote = false
+		w.mu.Unlock()
+		if !idle {
+			continue
+		}
+		if err := w.write(message(msgPing, nil)); err != nil {
+			return err
+		}
+	}
+}
+
+// liveReader fails when nothing arrives for deadAfter.
+type liveReader struct{ net.Conn }
+
+func (r liveReader) Read(p []byte) (int, error) {
+	if err := r.SetReadDeadline(time.Now().Add(deadAfter)); err != nil {
+		return 0, err
+	}
+	return r.Conn.Read(p)
+}
+
+// run runs the parts of one side until the first returns, closes the
+// connection so that all return, and gives the first error. ctx ending is an
+// error as well.
+func run(ctx context.Context, conn net.Conn, parts ...func(context.Context) error) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	stop := context.AfterFunc(ctx, func() { conn.Close() })
+	defer stop()
+	var wg sync.WaitGroup
+	for _, part := range parts {
+		wg.Go(func() {
+			if err := part(ctx); err != nil {
+				cancel(err) // only the first counts
+			}
+		})
+	}
+	wg.Wait()
+	return context.Cause(ctx)
+}

@@ -1,0 +1,189 @@
+package link
+
+import (
+	"bufio"
+	"context"
+	"fmt"
+	"io"
+	"net"
+	"time"
+
+	"farside/internal/frame"
+)
+
+// Sink takes the frames of a stream. Append and Sync may run at the same
+// time; each is called by one goroutine.
+type Sink interface {
+	// Cursor returns what the first frame must continue. It is called once.
+	Cursor() frame.Cursor
+	// Append takes frames that were verified and follow one another. It may
+	// wait for room, until ctx ends.
+	Append(ctx context.Context, frames []*frame.Frame) error
+	// Sync makes what was appended before the call durable here and raises
+	// Progress.
+	Sync() error
+	// Progress says how far the sink has come.
+	Progress() *Progress
+}
+
+// Open decides about a stream: it returns its sink, or an error, which the
+// sender is told with the code of its dr kind (a *Refused as it is; any other: not ready).
+type Open func(context.Context, Hello) (Sink, error)
+
+// Receive serves the stream that the sender at conn introduces, until ctx ends
+// or something breaks; it always returns an error and closes conn. Frames are
+// verified before a sink sees them: a damaged one, a gap or a foreign stream is
+// refused and nothing of it is applied.
+//
+// Two Receives must not use one sink: see Server.
+func Receive(ctx context.Context, conn net.Conn, open Open) error {
+	s := &receiveShell{
+		open: open, conn: conn, w: newWriter(conn), r: bufio.NewReaderSize(liveReader{conn}, readBuffer),
+		appended: make(chan struct{}, 1), ready: make(chan struct{}),
+	}
+	return fmt.Errorf("receive stream: %w", run(ctx, conn, s.read, s.sync, s.ack, s.w.keepAlive))
+}
+
+type receiveShell struct {
+	open     Open
+	conn     net.Conn
+	w        *writer
+	r        *bufio.Reader
+	appended chan struct{} // has a token when there is something to sync
+	ready    chan struct{} // closed when sink is set
+
+	sink Sink
+	core receiver
+}
+
+// refuse tells the sender why and returns err.
+func (s *receiveShell) refuse(err error) error {
+	if werr := s.w.write(refusal(err).encode()); werr != nil {
+		return fmt.Errorf("%w (and telling the sender: %w)", err, werr)
+	}
+	// Closing with unread bytes would reset the connection, and the refusal be lost.
+	if s.conn.SetReadDeadline(time.Now().Add(lingerFor)) == nil {
+		io.Copy(io.Discard, s.conn) // ends with an error by design
+	}
+	return err
+}
+
+func (s *receiveShell) greet(ctx context.Context) error {
+	t, body, err := readMessage(s.r)
+	if err != nil {
+		return s.explain(err)
+	}
+	if t != msgHello {
+		return s.refuse(refusalf("message %d instead of a hello", t))
+	}
+	h, err := parseHello(body)
+	if err != nil {
+		return s.refuse(err)
+	}
+	if s.sink, err = s.open(ctx, h); err != nil {
+		return s.refuse(err)
+	}
+	c := s.sink.Cursor()
+	s.core.at = c
+	if err := s.w.write(encodeWelcome(c, s.sink.Progress().Get().Durable)); err != nil {
+		return err
+	}
+	close(s.ready)
+	return nil
+}
+
+func refusalf(format string, args ...any) *Refused {
+	return &Refused{Code: CodeCorrupt, Text: fmt.Sprintf(format, args...)}
+}
+
+func (s *receiveShell) read(ctx context.Context) error {
+	if err := s.greet(ctx); err != nil {
+		return err
+	}
+	for {
+		group, ended := s.group()
+		if len(group) > 0 {
+			if err := s.sink.Append(ctx, group); err != nil {
+				return s.refuse(err)
+			}
+			select {
+			case s.appended <- struct{}{}:
+			default:
+			}
+		}
+		if ended != nil {
+			return ended
+		}
+	}
+}
+
+// group reads one frame and those that have arrived behind it. The error comes
+// with the good frames before it.
+func (s *receiveShell) group() (frames []*frame.Frame, err error) {
+	bytes := 0
+	for {
+		t, body, err := readMessage(s.r)
+		if err != nil {
+			return frames, s.explain(err)
+		}
+		switch t {
+		case msgPing:
+		case msgFrame:
+			f, err := s.core.take(body)
+			if err != nil {
+				return frames, s.refuse(err)
+			}
+			if f != nil {
+				frames = append(frames, f)
+				bytes += len(body)
+			}
+		default:
+			return frames, s.refuse(refusalf("message %d out of turn", t))
+		}
+		if s.r.Buffered() < headerSize || bytes >= groupBytes || len(frames) >= groupFrames {
+			return frames, nil
+		}
+	}
+}
+
+// explain tells the sender about bytes that are no message; a connection that
+// broke is told nothing.
+func (s *receiveShell) explain(err error) error {
+	if r := refusal(err); r.Code == CodeCorrupt || r.Code == CodeVersion {
+		return s.refuse(err)
+	}
+	return err
+}
+
+// sync commits groups: while one fsync runs, the next frames gather.
+func (s *receiveShell) sync(ctx context.Context) error {
+	for {
+		select {
+		case <-s.appended:
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+		if err := s.sink.Sync(); err != nil {
+			return s.refuse(err)
+		}
+	}
+}
+
+func (s *receiveShell) ack(ctx context.Context) error {
+	select {
+	case <-s.ready:
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	p := s.sink.Progress()
+	for last := (Ack{}); ; {
+		ack, err := p.Wait(ctx, last)
+		if err != nil {
+			return err
+		}
+		if err := s.w.write(ack.encode()); err != nil {
+			return err
+		}
+		last = ack
+	}
+}
