@@ -28,7 +28,7 @@ func scan(f io.ReaderAt, size int64, start frame.Cursor) (scanned, error) {
 			if err := readFull(f, mark[:], at); err != nil {
 				return s, err
 			}
-			if isMark(mark[:], at) {
+			if _, ok := parseMark(mark[:], at); ok {
 				at += markSize
 			}
 		}
@@ -78,8 +78,9 @@ func (s *scanned) checkTorn(f io.ReaderAt, size int64) error {
 			if k < 0 {
 				break
 			}
-			if i += k; isMark(b[i:], off+int64(i)) {
-				return fmt.Errorf("frame at %d is damaged, though everything before %d had been synced: %w", s.end, off+int64(i), dr.ErrCorrupt)
+			i += k
+			if synced, ok := parseMark(b[i:], off+int64(i)); ok && synced > s.end {
+				return fmt.Errorf("frame at %d is damaged, though everything before %d had been synced: %w", s.end, synced, dr.ErrCorrupt)
 			}
 		}
 	}

@@ -3,9 +3,9 @@
 // are described in docs/format/segment.md.
 //
 // A Writer appends frames and seals; Recover continues after a crash; a Reader
-// finds and reads frames of a sealed or a growing segment. One Writer and any
-// number of goroutines using its Reader may work at once; a Writer belongs to
-// one goroutine at a time.
+// finds and reads frames of a sealed or a growing segment. One goroutine may
+// append while another syncs, so that frames gather during an fsync, and any
+// number may use the Reader; the other methods of a Writer want it for themselves.
 //
 // The package does not choose when to sync, to seal or to delete, and holds no
 // index of disk blocks.
@@ -113,21 +113,28 @@ func parseHeader(b []byte) (frame.Cursor, error) {
 	return c, nil
 }
 
-func putMark(off int64, seq dr.Seq) []byte {
+// putMark returns the mark that lies at off and says that the bytes before
+// synced were durable when it was written.
+func putMark(off, synced int64) []byte {
 	b := make([]byte, markSize)
 	copy(b, magicMark)
 	le.PutUint16(b[4:], version)
 	le.PutUint16(b[6:], markSize)
 	le.PutUint64(b[8:], uint64(off))
-	le.PutUint64(b[16:], uint64(seq))
+	le.PutUint64(b[16:], uint64(synced))
 	le.PutUint32(b[28:], checksum(b[:28]))
 	return b
 }
 
-// isMark reports whether b begins with the mark that belongs at off.
-func isMark(b []byte, off int64) bool {
-	return len(b) >= markSize && string(b[:4]) == magicMark &&
-		string(putMark(off, dr.Seq(le.Uint64(b[16:])))) == string(b[:markSize])
+// parseMark returns what the mark at off says; ok is false when b does not
+// begin with one that belongs there.
+func parseMark(b []byte, off int64) (synced int64, ok bool) {
+	if len(b) < markSize || string(b[:4]) != magicMark {
+		return 0, false
+	}
+	synced = int64(le.Uint64(b[16:]))
+	ok = synced >= 0 && synced <= off && string(putMark(off, synced)) == string(b[:markSize])
+	return synced, ok
 }
 
 // putFooter returns footer and trailer for entries of a segment that ends at

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io/fs"
 	"path"
+	"sync"
 
 	"farside/internal/dr"
 	"farside/internal/frame"
@@ -16,10 +17,22 @@ type Writer struct {
 	file   vfs.File
 	reader *Reader // owns the list of entries
 
+	// Only Append changes these; no one else reads them meanwhile.
 	cursor frame.Cursor
-	size   int64 // bytes of the file that count
-	synced int64 // bytes known to be durable
-	err    error // why the writer is of no use any more
+	marked int64 // what the last sync mark says
+
+	mu struct {
+		sync.Mutex
+		size   int64 // bytes of the file that count
+		synced int64 // bytes known to be durable
+		err    error // why the writer is of no use any more
+	}
+}
+
+func newWriter(f vfs.File, r *Reader, at frame.Cursor, size, synced int64) *Writer {
+	w := &Writer{file: f, reader: r, cursor: at, marked: synced}
+	w.mu.size, w.mu.synced = size, synced
+	return w
 }
 
 // Create makes the segment that continues start in dir and makes its header and name durable.
@@ -45,7 +58,7 @@ func Create(fsys vfs.FS, dir string, start frame.Cursor) (*Writer, error) {
 		return nil, errors.Join(fmt.Errorf("create segment %s: %w", name, err), f.Close(), fsys.Remove(name))
 	}
 	r := newReader(fsys, name, start)
-	return &Writer{file: f, reader: r, cursor: start, size: headerSize, synced: headerSize}, nil
+	return newWriter(f, r, start, headerSize, headerSize), nil
 }
 
 // Recover opens a segment that is not sealed for appending, after its writer
@@ -91,21 +104,23 @@ func recoverFile(fsys vfs.FS, f vfs.File, name string) (*Writer, error) {
 	}
 	r := newReader(fsys, name, start)
 	r.mu.entries, r.mu.end = s.entries, s.cursor
-	return &Writer{file: f, reader: r, cursor: s.cursor, size: s.end}, nil
+	return newWriter(f, r, s.cursor, s.end, 0), nil
 }
 
 // Append writes a frame behind the last; it is not durable before Sync. Errors
 // of frame.Check mean that f does not continue the segment; after any error the segment is as it was.
 func (w *Writer) Append(f *frame.Frame) (Entry, error) {
-	if w.err != nil {
-		return Entry{}, w.err
+	w.mu.Lock()
+	at, synced, err := w.mu.size, w.mu.synced, w.mu.err
+	w.mu.Unlock()
+	if err == nil {
+		err = f.Check(w.cursor)
 	}
-	if err := f.Check(w.cursor); err != nil {
+	if err != nil {
 		return Entry{}, fmt.Errorf("append: %w", err)
 	}
-	at := w.size
-	if w.synced == w.size && w.size > headerSize {
-		if _, err := w.file.WriteAt(putMark(at, w.cursor.Position.Seq), at); err != nil {
+	if synced > w.marked {
+		if _, err := w.file.WriteAt(putMark(at, synced), at); err != nil {
 			return Entry{}, fmt.Errorf("append mark: %w", err)
 		}
 		at += markSize
@@ -114,23 +129,33 @@ func (w *Writer) Append(f *frame.Frame) (Entry, error) {
 		return Entry{}, fmt.Errorf("append frame: %w", err)
 	}
 	e := entryOf(at, &f.Header)
-	w.size = at + e.Len
+	w.marked = max(w.marked, synced)
 	w.cursor = f.End()
+	w.mu.Lock()
+	w.mu.size = at + e.Len
+	w.mu.Unlock()
 	w.reader.grow(e, w.cursor)
 	return e, nil
 }
 
-// Sync makes all appended frames durable. After an error nothing is known of
-// the file: every later call fails, and only Recover helps.
+// Sync makes all frames durable whose Append had returned before the call.
+// After an error nothing is known of the file: every later call fails, and
+// only Recover helps.
 func (w *Writer) Sync() error {
-	if w.err != nil || w.synced == w.size {
-		return w.err
+	w.mu.Lock()
+	size, synced, err := w.mu.size, w.mu.synced, w.mu.err
+	w.mu.Unlock()
+	if err != nil || synced == size {
+		return err
 	}
-	if err := w.file.Sync(); err != nil {
-		w.err = fmt.Errorf("sync segment: %w", err)
-		return w.err
+	err = w.file.Sync()
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if err != nil {
+		w.mu.err = fmt.Errorf("sync segment: %w", err)
+		return w.mu.err
 	}
-	w.synced = w.size
+	w.mu.synced = max(w.mu.synced, size)
 	return nil
 }
 
@@ -138,7 +163,11 @@ func (w *Writer) Sync() error {
 func (w *Writer) Cursor() frame.Cursor { return w.cursor }
 
 // Size returns the bytes of the segment so far.
-func (w *Writer) Size() int64 { return w.size }
+func (w *Writer) Size() int64 {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.mu.size
+}
 
 // Reader returns the reader of this segment, always the same one. It sees
 // each frame as soon as Append has returned, and stays usable after Close.
@@ -151,17 +180,25 @@ func (w *Writer) Seal() error {
 	if err := w.Sync(); err != nil {
 		return err
 	}
-	if _, err := w.file.WriteAt(putFooter(w.size, w.reader.Entries(), w.cursor), w.size); err != nil {
-		w.err = fmt.Errorf("write segment footer: %w", err)
-		return w.err
+	size := w.Size()
+	_, err := w.file.WriteAt(putFooter(size, w.reader.Entries(), w.cursor), size)
+	if err == nil {
+		err = w.file.Sync()
 	}
-	w.synced = 0
-	if err := w.Sync(); err != nil {
-		return err
+	if err != nil {
+		return w.end(fmt.Errorf("seal segment: %w", err))
 	}
 	w.reader.seal()
-	w.err = fmt.Errorf("segment is sealed: %w", dr.ErrInvalid)
+	w.end(fmt.Errorf("segment is sealed: %w", dr.ErrInvalid))
 	return nil
+}
+
+// end makes every later call fail with err, and returns it.
+func (w *Writer) end(err error) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.mu.err = err
+	return err
 }
 
 // Close closes the file; it neither syncs nor seals.
@@ -169,7 +206,8 @@ func (w *Writer) Close() error {
 	if w.file == nil {
 		return nil
 	}
+	w.end(fmt.Errorf("segment writer is closed: %w", dr.ErrInvalid))
 	f := w.file
-	w.file, w.err = nil, fmt.Errorf("segment writer is closed: %w", dr.ErrInvalid)
+	w.file = nil
 	return f.Close()
 }
