@@ -67,9 +67,9 @@ func (v *Vault) planFold(time int64) (int, error) {
 }
 
 // foldLimitLocked returns the last position of the base timeline to which the
-// horizon may move.
+// horizon may move: it is indexed, and nobody needs what is before.
 func (v *Vault) foldLimitLocked(m *manifest) dr.Seq {
-	limit := ^dr.Seq(0)
+	limit := v.mu.logs[m.BaseTimeline].Durable().Position.Seq
 	for _, t := range m.Timelines {
 		if t.Parent == m.BaseTimeline {
 			limit = min(limit, t.Fork)
