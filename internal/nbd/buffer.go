@@ -17,9 +17,8 @@ const headRoom = 32
 //	mem: | headRoom | data ... |
 type buffer struct {
 	mem   []byte
-	n     int   // bytes of data in use
-	cost  int64 // what to give back to the budget
-	class int
+	n     int // bytes of data in use
+	class int // log2 of the room for data, and its cost
 }
 
 // data is the part that holds the payload.
@@ -46,23 +45,37 @@ func newMemory(limit int64) *memory {
 // get returns a buffer for n <= MaxRequest bytes. It waits while the budget
 // is used up, until ctx ends.
 func (m *memory) get(ctx context.Context, n int) (*buffer, error) {
-	class := max(minClass, bits.Len(uint(max(n, 1)-1)))
-	cost := int64(1) << class
-	if err := m.budget.Acquire(ctx, cost); err != nil {
+	class := classOf(n)
+	if err := m.budget.Acquire(ctx, 1<<class); err != nil {
 		return nil, err
 	}
+	return m.take(class, n), nil
+}
+
+// tryGet is get without waiting: it returns nil.
+func (m *memory) tryGet(n int) *buffer {
+	class := classOf(n)
+	if !m.budget.TryAcquire(1 << class) {
+		return nil
+	}
+	return m.take(class, n)
+}
+
+func classOf(n int) int { return max(minClass, bits.Len(uint(max(n, 1)-1))) }
+
+func (m *memory) take(class, n int) *buffer {
 	b, _ := m.pools[class].Get().(*buffer)
 	if b == nil {
 		b = &buffer{mem: make([]byte, headRoom+1<<class), class: class}
 	}
-	b.n, b.cost = n, cost
-	return b, nil
+	b.n = n
+	return b
 }
 
 func (m *memory) put(b *buffer) {
 	if b == nil {
 		return
 	}
-	m.budget.Release(b.cost)
+	m.budget.Release(1 << b.class)
 	m.pools[b.class].Put(b)
 }

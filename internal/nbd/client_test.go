@@ -241,10 +241,10 @@ func TestClientClose(t *testing.T) {
 
 func TestURI(t *testing.T) {
 	good := map[string]URI{
-		"nbd://h/x":                           {"tcp", "h:10809", "x", false},
-		"nbds://h:1/a/b":                      {"tcp", "h:1", "a/b", true},
-		"nbd://[::1]:5":                       {"tcp", "[::1]:5", "", false},
-		"nbd+unix:///?socket=/a/b":            {"unix", "/a/b", "", false},
+		"nbd://h/x":                            {"tcp", "h:10809", "x", false},
+		"nbds://h:1/a/b":                       {"tcp", "h:1", "a/b", true},
+		"nbd://[::1]:5":                        {"tcp", "[::1]:5", "", false},
+		"nbd+unix:///?socket=/a/b":             {"unix", "/a/b", "", false},
 		"nbds+unix:///n%20m?socket=/a%20b%2Fc": {"unix", "/a b/c", "n m", true},
 	}
 	for s, want := range good {

@@ -1,18 +1,18 @@
 package nbd
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
 	"strings"
+	"time"
 )
 
 const (
 	// pieceSize is how long reads and fallback zeroes are cut.
 	pieceSize = 1 << 20
-	// holeMin is the shortest read for which the device is asked for holes.
-	holeMin = 64 << 10
 	// maxExtents bounds the answer to one block status request.
 	maxExtents = 8192
 )
@@ -127,7 +127,9 @@ func (ss *session) change(q *request) (err error) {
 		}
 		return nil
 	case cmdWrite:
+		start := time.Now()
 		err = ss.write(q.buf.data(), off)
+		ss.keepPace(q, start)
 	case cmdTrim:
 		if n > 0 {
 			err = dev.(Trimmer).Trim(off, n)
@@ -196,7 +198,9 @@ func (ss *session) readRoom(q *request) int {
 func (ss *session) readSimple(q request) {
 	err := q.err
 	if err == nil {
+		start := time.Now()
 		err = ss.readInto(q.buf.data(), int64(q.offset))
+		ss.keepPace(&q, start)
 	}
 	if err != nil {
 		ss.srv.mem.put(q.buf)
@@ -231,70 +235,27 @@ func (ss *session) readStructured(q request) {
 		ss.endChunks(q.handle, q.err, nil)
 		return
 	}
-	end := q.end()
-	for off := q.offset; off < end; {
-		n, hole := end-off, false
+	for off, end := q.offset, q.end(); off < end; {
+		n := end - off
 		if q.flags&cmdFlagDF == 0 {
-			n, hole = ss.nextPiece(off, n)
+			n = min(n, pieceSize)
 		}
 		last := uint16(0)
 		if off+n == end {
 			last = chunkFlagDone
 		}
-		var err error
-		if hole {
-			err = ss.sendHole(q.handle, last, off, uint32(n))
-		} else {
-			err = ss.sendData(&q, last, off, int(n))
-		}
-		if err != nil {
-			ss.srv.mem.put(q.buf)
+		if err := ss.sendPiece(&q, last, off, int(n)); err != nil {
 			ss.endChunks(q.handle, err, &off)
 			return
 		}
 		off += n
 	}
-	ss.srv.mem.put(q.buf)
 }
 
-// nextPiece says how far the device is one thing, hole or data, from off on,
-// within n bytes. Short reads are always taken as data.
-func (ss *session) nextPiece(off, n uint64) (length uint64, hole bool) {
-	m, ok := ss.export.Device.(Mapper)
-	if !ok || n < holeMin {
-		return min(n, pieceSize), false
-	}
-	err := m.Map(int64(off), int64(n), func(_, l int64, zero, _ bool) error {
-		isHole := zero && l >= holeMin/2 // smaller ones cost more than they save
-		if length == 0 {
-			hole = isHole
-		}
-		if isHole != hole || !hole && length >= pieceSize {
-			return errDone
-		}
-		length += uint64(l)
-		return nil
-	})
-	if err != nil && err != errDone || length == 0 {
-		return min(n, pieceSize), false // the map is an offer, no duty
-	}
-	if length = min(length, n); !hole {
-		length = min(length, pieceSize)
-	}
-	return length, hole
-}
-
-func (ss *session) sendHole(handle uint64, last uint16, off uint64, n uint32) error {
-	b := make([]byte, chunkSize+12)
-	putChunk(b, last, chunkOffsetHole, handle, 12)
-	binary.BigEndian.PutUint64(b[chunkSize:], off)
-	binary.BigEndian.PutUint32(b[chunkSize+8:], n)
-	ss.out.send(outgoing{bytes: b})
-	return nil
-}
-
-// sendData reads and sends one piece. It uses the request's buffer first.
-func (ss *session) sendData(q *request, last uint16, off uint64, n int) (err error) {
+// sendPiece reads and sends one piece. It uses the request's buffer first. What
+// is all zeroes goes as a hole: to look is cheaper than to send, and cheaper
+// than to ask a device for its map, whose answer may be as long as the disk.
+func (ss *session) sendPiece(q *request, last uint16, off uint64, n int) (err error) {
 	buf := q.buf
 	q.buf = nil
 	if buf == nil {
@@ -302,16 +263,32 @@ func (ss *session) sendData(q *request, last uint16, off uint64, n int) (err err
 			return err
 		}
 	}
-	buf.n = n // holes make pieces shorter than the room
-	if err := ss.readInto(buf.data(), int64(off)); err != nil {
+	buf.n = n // the last piece may be shorter than the room
+	start := time.Now()
+	err = ss.readInto(buf.data(), int64(off))
+	ss.keepPace(q, start)
+	if err != nil {
 		ss.srv.mem.put(buf)
 		return err
+	}
+	if n <= pieceSize && bytes.Equal(buf.data(), ss.srv.zeroes[:n]) {
+		ss.srv.mem.put(buf)
+		ss.sendHole(q.handle, last, off, uint32(n))
+		return nil
 	}
 	b := buf.withHead(dataHeaderSize)
 	putChunk(b, last, chunkOffsetData, q.handle, uint32(n+8))
 	binary.BigEndian.PutUint64(b[chunkSize:], off)
 	ss.out.send(outgoing{b, buf})
 	return nil
+}
+
+func (ss *session) sendHole(handle uint64, last uint16, off uint64, n uint32) {
+	b := make([]byte, chunkSize+12)
+	putChunk(b, last, chunkOffsetHole, handle, 12)
+	binary.BigEndian.PutUint64(b[chunkSize:], off)
+	binary.BigEndian.PutUint32(b[chunkSize+8:], n)
+	ss.out.send(outgoing{bytes: b})
 }
 
 // endChunks ends a structured reply that has no data: nothing, or an error

@@ -30,6 +30,7 @@ type sender struct {
 		queue []outgoing
 		spare []outgoing
 		busy  bool
+		held  bool
 		err   error
 	}
 	// Of the one that set busy:
@@ -59,7 +60,7 @@ func (s *sender) send(pieces ...outgoing) error {
 		return s.mu.err
 	}
 	s.mu.queue = append(s.mu.queue, pieces...)
-	if s.mu.busy {
+	if s.mu.busy || s.mu.held {
 		s.mu.Unlock()
 		return nil
 	}
@@ -84,6 +85,20 @@ func (s *sender) send(pieces ...outgoing) error {
 		s.conn.Close() // wakes the reader, which reports
 	}
 	return err
+}
+
+// hold lets replies only queue, or ends that; then the next send writes them.
+// Who holds them must flush before it waits for anything.
+func (s *sender) hold(on bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.mu.held = on
+}
+
+// flush ends a hold and writes what was held back.
+func (s *sender) flush() {
+	s.hold(false)
+	s.send() // an error stays in the sender
 }
 
 func (s *sender) release(pieces []outgoing) {

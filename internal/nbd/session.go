@@ -9,6 +9,7 @@ import (
 	"io"
 	"net"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -32,6 +33,10 @@ type session struct {
 	ctx    context.Context
 	cancel context.CancelFunc
 
+	// pace is the average time, in ns, that the device takes for a short
+	// request. It begins above what is quick.
+	pace atomic.Int64
+
 	mu struct {
 		sync.Mutex
 		draining bool
@@ -44,6 +49,7 @@ const readAhead = 128 << 10
 func newSession(s *Server, c net.Conn) *session {
 	ss := &session{srv: s, raw: c, conn: c, r: bufio.NewReaderSize(c, readAhead)}
 	ss.ctx, ss.cancel = context.WithCancel(s.ctx)
+	ss.pace.Store(int64(2 * quickTime))
 	return ss
 }
 
@@ -134,19 +140,32 @@ func (ss *session) transmit() error {
 	return err
 }
 
-// dispatch reads requests and gives them to workers, of which it starts as
-// many as are needed at once and allowed.
+// dispatch reads requests and has them served. Short ones of a device that is
+// quick are served at once, and their replies held back a little to leave
+// together: handing them over would cost more than serving them. The others
+// go to workers, of which it starts as many as are needed at once and allowed.
 func (ss *session) dispatch() error {
 	var workers sync.WaitGroup
 	requests := make(chan request)
 	defer workers.Wait()
 	defer close(requests)
-	started := 0
+	defer ss.out.flush()
+	started, held := 0, 0
 	for {
 		q, err := ss.next()
 		if err != nil {
 			return err
 		}
+		if ss.quick(&q) {
+			if held++; held > maxHeld || !ss.another() {
+				held = 0
+			}
+			ss.out.hold(held > 0)
+			ss.serve(q)
+			continue
+		}
+		held = 0
+		ss.out.flush()
 		select {
 		case requests <- q:
 			continue
@@ -157,15 +176,61 @@ func (ss *session) dispatch() error {
 			continue
 		}
 		started++
-		workers.Add(1)
-		go func() {
-			defer workers.Done()
+		workers.Go(func() {
 			ss.serve(q)
 			for q := range requests {
 				ss.serve(q)
 			}
-		}()
+		})
 	}
+}
+
+const (
+	// quickLength is the longest request that the reader serves itself.
+	quickLength = 32 << 10
+	// quickTime is how fast a device must answer such requests for that, on
+	// the average. It is less than what waking a worker takes, or not much more.
+	quickTime = 20 * time.Microsecond
+	// maxHeld is how many replies are held back at most.
+	maxHeld = 4
+)
+
+// quick reports whether q can be served before the next request is read.
+func (ss *session) quick(q *request) bool {
+	return q.timed() && time.Duration(ss.pace.Load()) < quickTime
+}
+
+// timed reports whether q is of the kind whose duration counts.
+func (q *request) timed() bool {
+	return q.cmd <= cmdWrite && q.flags&cmdFlagFUA == 0 && q.length <= quickLength
+}
+
+// keepPace notes how long the device took for a short request. The average
+// forgets a slow one after some dozens of quick ones. Updates may get lost.
+func (ss *session) keepPace(q *request, since time.Time) {
+	if q.timed() {
+		p := ss.pace.Load()
+		ss.pace.Store(p + (int64(time.Since(since))-p)/8)
+	}
+}
+
+// another reports whether a whole short request waits in the buffer.
+func (ss *session) another() bool {
+	if ss.r.Buffered() < requestSize {
+		return false
+	}
+	head, _ := ss.r.Peek(requestSize) // it is there
+	q, _ := parseRequest(head)
+	return q.cmd == cmdRead || q.cmd == cmdWrite && ss.r.Buffered() >= requestSize+int(q.length)
+}
+
+// buffer gets memory for a request. Nothing is held back while it waits.
+func (ss *session) buffer(n int) (*buffer, error) {
+	if b := ss.srv.mem.tryGet(n); b != nil {
+		return b, nil
+	}
+	ss.out.flush()
+	return ss.srv.mem.get(ss.ctx, n)
 }
 
 // next reads one request, with its payload.
@@ -186,7 +251,7 @@ func (ss *session) next() (request, error) {
 	if q.cmd == cmdWrite {
 		err = ss.readPayload(&q)
 	} else if q.cmd == cmdRead && q.err == nil {
-		q.buf, err = ss.srv.mem.get(ss.ctx, ss.readRoom(&q))
+		q.buf, err = ss.buffer(ss.readRoom(&q))
 	}
 	return q, err
 }
@@ -205,7 +270,7 @@ func endOfRequests(got int, err error) error {
 // then it may be far longer than MaxRequest.
 func (ss *session) readPayload(q *request) (err error) {
 	n := int64(q.length)
-	if n > int64(ss.r.Buffered()) {
+	if n >= stallMin && n > int64(ss.r.Buffered()) {
 		defer ss.readWithin(0)
 	}
 	if q.err != nil {
@@ -214,7 +279,7 @@ func (ss *session) readPayload(q *request) (err error) {
 			return err
 		})
 	}
-	if q.buf, err = ss.srv.mem.get(ss.ctx, int(n)); err != nil {
+	if q.buf, err = ss.buffer(int(n)); err != nil {
 		return err
 	}
 	data := q.buf.data()
@@ -228,12 +293,16 @@ func (ss *session) readPayload(q *request) (err error) {
 	return err
 }
 
+// stallMin is the shortest payload for which a client is timed: setting
+// deadlines costs more than a small buffer that waits.
+const stallMin = 64 << 10
+
 // inPieces reads a payload so that each piece, not the whole, must come
 // within the stall time: long requests may come over slow lines.
 func (ss *session) inPieces(n int64, read func(off, n int64) error) error {
 	for off := int64(0); off < n; {
 		piece := min(n-off, pieceSize)
-		if piece > int64(ss.r.Buffered()) {
+		if n >= stallMin && piece > int64(ss.r.Buffered()) {
 			ss.readWithin(ss.srv.cfg.Stall)
 		}
 		if err := read(off, piece); err != nil {
