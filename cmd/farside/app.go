@@ -11,6 +11,7 @@ import (
 type app struct {
 	out, err io.Writer
 	json     bool
+	context  string // file, or "" for the default
 	// started: the command line was understood; errors from here on are not of usage.
 	started bool
 }

@@ -2,6 +2,8 @@ package main
 
 import (
 	"github.com/spf13/cobra"
+
+	"farside/internal/api"
 )
 
 // newRoot lists every verb. Nothing registers itself.
@@ -22,9 +24,15 @@ Start with "farside demo". Exit codes: 0 done, 1 failed, 2 wrong usage or input,
 		},
 	}
 	root.PersistentFlags().BoolVar(&a.json, "json", false, "print JSON for programs")
+	root.PersistentFlags().StringVar(&a.context, "context", "", "file that names the configuration server and holds the token (default $"+api.ContextVariable+")")
 	root.AddCommand(
-		newVersion(a),
+		newMachine(a),
+		newPoint(a),
+		newView(a),
+		newNode(a),
+		newToken(a),
 		newInspect(a),
+		newVersion(a),
 	)
 	return root
 }
