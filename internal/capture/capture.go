@@ -28,7 +28,10 @@
 //     that was captured before a Lost and reaches the disk after it. Taking a
 //     dirty range clears it before the disk is read. Therefore a range that was
 //     read too early is dirty again.
-//  6. When Resume has returned nil and no Lost follows, all changes of (5) are in
+//  6. While a Lost waits to be handed over, nothing is taken from the dirty set:
+//     what is in it may be newer than captured changes that were handed over, and
+//     only the Lost says so.
+//  7. When Resume has returned nil and no Lost follows, all changes of (5) are in
 //     the dirty set or were taken from it after they had reached the disk.
 //
 // What follows for the consumer: a bulk read may be older than a captured write
@@ -149,7 +152,8 @@ type DirtySet interface {
 	Mark(x dr.Extent) error
 	// TakeDirty removes and returns ranges of at most max bytes in all (but at
 	// least one block if there is one), in order of disk and offset from where
-	// the last call ended. The ranges lie within their disks.
+	// the last call ended. The ranges lie within their disks. There are none
+	// while a Lost waits to be handed over.
 	TakeDirty(max int64) ([]dr.Extent, error)
 	// Dirty returns how many bytes are in the set.
 	Dirty() (int64, error)
@@ -202,7 +206,7 @@ type Stats struct {
 // at completion, so the two agree only when nothing is in flight.
 type DiskStats struct {
 	ID          dr.DiskID
-	SeenWrites  uint64 // submissions that carry data, captured or marked
+	SeenWrites  uint64 // submissions of data or zeroes, captured or marked
 	SeenBytes   uint64
 	KernelBytes uint64 // bytes that the kernel counted as written
 }

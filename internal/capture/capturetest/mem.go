@@ -31,6 +31,7 @@ type Mem struct {
 		image    [][]byte
 		events   []capture.Event // [0] is at position head
 		head     uint64          // one for each event handed over
+		lostDue  int             // Lost events in events
 		used     int64           // bytes of data in events
 		ring     int64
 		state    uint64 // even: data mode; odd: bitmap mode; rises at each change
@@ -175,6 +176,7 @@ func (m *Mem) Overflow() {
 func (m *Mem) overflowLocked() {
 	m.mu.state++
 	m.mu.stats.Overflows++
+	m.mu.lostDue++
 	m.pushLocked(capture.Event{Kind: capture.Lost, Time: m.mu.clock()})
 }
 
@@ -261,6 +263,9 @@ func (m *Mem) Next(ctx context.Context, wait time.Duration, fn func(capture.Even
 			m.mu.Lock()
 			m.mu.events = m.mu.events[1:]
 			m.mu.used -= int64(len(e.Data))
+			if e.Kind == capture.Lost {
+				m.mu.lostDue--
+			}
 			m.mu.head++
 			m.mu.Unlock()
 			n, size = n+1, size+len(e.Data)
@@ -287,7 +292,14 @@ func (m *Mem) Next(ctx context.Context, wait time.Duration, fn func(capture.Even
 func (m *Mem) Mark(x dr.Extent) error { return m.bitmap.Mark(x) }
 
 // TakeDirty implements capture.DirtySet.
-func (m *Mem) TakeDirty(limit int64) ([]dr.Extent, error) { return m.bitmap.Take(limit), nil }
+func (m *Mem) TakeDirty(limit int64) ([]dr.Extent, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.mu.lostDue > 0 {
+		return nil, nil
+	}
+	return m.bitmap.Take(limit), nil
+}
 
 // Dirty implements capture.DirtySet.
 func (m *Mem) Dirty() (int64, error) { return m.bitmap.Dirty(), nil }

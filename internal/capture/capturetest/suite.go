@@ -342,6 +342,11 @@ func testOverflow(t *testing.T, f Factory) {
 		if r.Losts() != int(cycle) || src.Consumed() >= src.Tail() {
 			t.Fatalf("%d losts, %d < %d", r.Losts(), src.Consumed(), src.Tail())
 		}
+		xs, err := src.TakeDirty(1 << 40)
+		must(t, err)
+		if n, _ := src.Dirty(); n == 0 || len(xs) > 0 {
+			t.Fatalf("%d bytes dirty, took %v before the lost was handed over", n, xs)
+		}
 		for src.Consumed() < src.Tail() {
 			_, err := r.Events(ctx, 0)
 			must(t, err)
@@ -358,7 +363,7 @@ func testOverflow(t *testing.T, f Factory) {
 		for range 50 { // exact again
 			w.write(rng.IntN(2), rng.Int64N(1000)*4096, 512)
 		}
-		_, err := r.Events(ctx, 0)
+		_, err = r.Events(ctx, 0)
 		must(t, err)
 		if n := w.oracle.Due(); n != 0 || !r.Exact() {
 			t.Fatalf("%d writes are missing after the return, exact %v", n, r.Exact())

@@ -1,0 +1,593 @@
+// SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
+//
+// Capture of block writes. The programs run where a bio is submitted and where
+// it completes; docs/capture.md tells the whole story.
+//
+//   submission   data mode:   copy the write into the ring; on failure go to bitmap mode
+//                bitmap mode: mark the write in the bitmap
+//                both:        note the bio in "flying"
+//   completion   writes that were not captured in the present span of data mode are
+//                marked again: a reader may have cleared the mark and read too early
+//
+// control.state tells the mode: even is data, odd is bitmap. Programs only go from
+// even to odd (compare and swap), user space only from odd to even.
+#include "kernel.h"
+
+#define MAX_DISKS 32
+#define MAX_FLYING 32768
+#define MAX_PIECES (1 << 17) // of a bio
+#define MAX_MERGED (1 << 16) // bios of a request
+
+#define READ_ONCE(x) (*(volatile typeof(x) *)&(x))
+#define barrier_var(x) asm volatile("" : "+r"(x))
+
+char licence[] SEC("license") = "Dual BSD/GPL";
+
+// A watched range of sectors of a whole disk.
+struct watch {
+	u64 start, end;
+	u64 word; // its first word of the bitmap
+	u32 dev;
+	u32 pad;
+};
+
+const volatile struct watch watches[MAX_DISKS];
+const volatile u32 watch_count;
+const volatile u32 block_shift;  // sectors of a bit of the bitmap, as a power of two
+const volatile u32 max_bio;      // larger writes are not captured, bytes
+const volatile u32 page_struct;  // sizeof(struct page)
+const volatile u64 vmemmap_base; // of the array of struct page
+const volatile u64 direct_base;  // where physical address 0 is mapped
+
+struct control {
+	u32 state;
+	u32 settled;      // the state for which user space found nothing stale in flight
+	u64 untracked_at; // when a bio last found no room in flying, ns since boot
+	u64 unreadable;   // writes whose data could not be copied
+	u64 failed;       // writes that the device refused
+	u64 lost;         // completions that never came, seen by the reuse of a bio
+	u64 late;         // stale completions after user space had given up on them
+};
+
+struct {
+	map_uint(type, MAP_TYPE_ARRAY);
+	map_uint(map_flags, F_MMAPABLE);
+	map_uint(max_entries, 1);
+	map_type(key, u32);
+	map_type(value, struct control);
+} control SEC(".maps");
+
+struct {
+	map_uint(type, MAP_TYPE_ARRAY);
+	map_uint(map_flags, F_MMAPABLE);
+	map_uint(max_entries, 1); // set by the loader
+	map_type(key, u32);
+	map_type(value, u64);
+} bitmap SEC(".maps");
+
+struct {
+	map_uint(type, MAP_TYPE_RINGBUF);
+	map_uint(max_entries, 1 << 20); // set by the loader
+} ring SEC(".maps");
+
+// A write between submission and completion.
+struct flight {
+	u64 from, to; // sectors of the whole disk
+	u64 left;     // bytes that have not completed
+	u64 time;     // of submission, ns since boot
+	u32 state;    // of control then; odd: not captured
+	u32 dev;
+};
+
+struct {
+	map_uint(type, MAP_TYPE_HASH);
+	map_uint(max_entries, MAX_FLYING);
+	map_type(key, u64); // address of the bio
+	map_type(value, struct flight);
+} flying SEC(".maps");
+
+struct counters {
+	u64 writes, bytes, flushes; // captured
+	u64 marked;
+	u64 seen, seen_bytes; // submissions of data or zeroes
+};
+
+struct {
+	map_uint(type, MAP_TYPE_PERCPU_ARRAY);
+	map_uint(max_entries, MAX_DISKS);
+	map_type(key, u32);
+	map_type(value, struct counters);
+} counts SEC(".maps");
+
+enum { KIND_DATA = 1, KIND_ZERO, KIND_DISCARD, KIND_FLUSH };
+
+// What a ring record begins with; ring.go reads it.
+struct header {
+	u64 offset; // bytes from the start of the watched range
+	u64 time;   // ns since boot
+	u32 length; // bytes; of data they follow
+	u16 watch;
+	u16 kind;
+};
+
+#define RECORD(size)         \
+	struct record_##size {   \
+		struct header head;  \
+		u8 data[size];       \
+	}
+RECORD(4096);
+RECORD(16384);
+RECORD(65536);
+
+// ---- marking
+
+struct mark_words {
+	u64 lo, hi; // bits
+	u64 first;  // word
+};
+
+static long mark_word(u32 i, struct mark_words *m)
+{
+	u64 w = m->lo / 64 + i, mask = ~0ULL;
+	if (w == m->lo / 64)
+		mask &= ~0ULL << (m->lo % 64);
+	if (w == m->hi / 64)
+		mask &= ~0ULL >> (63 - m->hi % 64);
+	u32 key = m->first + w;
+	u64 *word = bpf_map_lookup_elem(&bitmap, &key);
+	if (word)
+		__sync_fetch_and_or(word, mask);
+	return 0;
+}
+
+struct mark_range {
+	u64 from, to;
+	u32 dev;
+};
+
+static long mark_watch(u32 i, struct mark_range *r)
+{
+	if (i >= MAX_DISKS)
+		return 1;
+	const volatile struct watch *w = &watches[i];
+	u64 from = r->from, to = r->to;
+	if (w->dev != r->dev || from >= w->end || to <= w->start || from >= to)
+		return 0;
+	if (from < w->start)
+		from = w->start;
+	if (to > w->end)
+		to = w->end;
+	struct mark_words m = {
+		.lo = (from - w->start) >> block_shift,
+		.hi = (to - 1 - w->start) >> block_shift,
+		.first = w->word,
+	};
+	bpf_loop(m.hi / 64 - m.lo / 64 + 1, mark_word, &m, 0);
+	return 0;
+}
+
+// mark puts a range of sectors of a whole disk into the bitmap, as far as it is watched.
+static __attribute__((noinline)) int mark(u32 dev, u64 from, u64 to)
+{
+	struct mark_range r = {.from = from, .to = to, .dev = dev};
+	bpf_loop(watch_count, mark_watch, &r, 0);
+	return 0;
+}
+
+// overflow leaves data mode, if state (even) is still the state.
+static void overflow(struct control *c, u32 state)
+{
+	if (!(state & 1))
+		__sync_val_compare_and_swap(&c->state, state, state + 1);
+}
+
+// stale says whether the completion of f must be marked and waited for.
+static int stale(struct control *c, struct flight *f)
+{
+	u32 now = READ_ONCE(c->state);
+	return (now & 1) || f->state != now;
+}
+
+// ---- submission: copying
+
+struct walk {
+	u64 vec;    // address of the bio's vector
+	u64 offset; // bytes from the start of the range
+	u64 time;
+	u32 index, done; // piece of the vector, bytes of it that are copied
+	u32 left;        // bytes of the bio
+	u16 watch;
+	u16 error; // 1: no room, 2: unreadable
+};
+
+// The walk of the program that runs on this processor: a program of a tracepoint is
+// not interrupted by itself. It lies in a map rather than on the stack so that the
+// verifier takes its members as unknown and finds all turns of a loop alike.
+struct {
+	map_uint(type, MAP_TYPE_PERCPU_ARRAY);
+	map_uint(max_entries, 1);
+	map_type(key, u32);
+	map_type(value, struct walk);
+} walks SEC(".maps");
+
+static struct walk *get_walk(void)
+{
+	u32 zero = 0;
+	return bpf_map_lookup_elem(&walks, &zero);
+}
+
+#define CHUNK 4096
+
+// fill copies as much of the bio as goes into the size bytes of a record, and counts
+// in its header. It returns the number of bytes copied, 0 after an error.
+static __attribute__((always_inline)) u32 fill(struct walk *w, struct header *head, u8 *data, const u32 size)
+{
+	struct bio_vec v;
+	head->length = 0;
+#pragma clang loop unroll(disable)
+	for (int i = 0; i < size / CHUNK + 8; i++) {
+		u32 off = READ_ONCE(head->length);
+		if (w->left == 0 || off > size - CHUNK)
+			break;
+		if (bpf_probe_read_kernel(&v, sizeof(v), (void *)(w->vec + w->index * sizeof(v))))
+			return 0;
+		u32 n = v.bv_len - w->done;
+		u64 page = ((u64)v.bv_page - vmemmap_base) / page_struct;
+		u64 addr = direct_base + (page << 12) + v.bv_offset + w->done;
+		if (n > w->left)
+			n = w->left;
+		if (off == 0 && n >= size) {
+			n = size;
+			if (bpf_probe_read_kernel(data, size, (void *)addr))
+				return 0;
+		} else {
+			if (n > CHUNK)
+				n = CHUNK;
+			barrier_var(n); // or the compiler drops the bound that the verifier needs
+			n &= 2 * CHUNK - 1;
+			if (n > CHUNK || n == 0)
+				return 0;
+			if (bpf_probe_read_kernel(data + off, n, (void *)addr))
+				return 0;
+		}
+		head->length = off + n;
+		w->left -= n;
+		w->done += n;
+		if (w->done >= v.bv_len) {
+			w->index++;
+			w->done = 0;
+		}
+		asm volatile("" ::: "memory");
+	}
+	return READ_ONCE(head->length);
+}
+
+#define COPY(size)                                                       \
+	do {                                                                 \
+		struct record_##size *r = bpf_ringbuf_reserve(&ring, sizeof(*r), 0); \
+		if (!r) {                                                        \
+			w->error = 1;                                                \
+			return 1;                                                    \
+		}                                                                \
+		u32 n = fill(w, &r->head, r->data, size);                        \
+		if (!n) {                                                        \
+			bpf_ringbuf_discard(r, RB_NO_WAKEUP);                        \
+			w->error = 2;                                                \
+			return 1;                                                    \
+		}                                                                \
+		r->head.offset = w->offset;                                      \
+		r->head.time = w->time;                                          \
+		r->head.watch = w->watch;                                        \
+		r->head.kind = KIND_DATA;                                        \
+		bpf_ringbuf_submit(r, RB_NO_WAKEUP);                             \
+		w->offset += n;                                                  \
+	} while (0)
+
+// copy_some moves one record's worth of the bio into the ring.
+static long copy_some(u32 i, void *unused)
+{
+	struct walk *w = get_walk();
+	if (!w || w->left == 0)
+		return 1;
+	if (w->left > 49152)
+		COPY(65536);
+	else if (w->left > 8192)
+		COPY(16384);
+	else
+		COPY(4096);
+	return 0;
+}
+
+// copy_data captures the data of a bio; it returns 0, or the walk's error.
+static int copy_data(struct bio *bio, u32 watch, u64 offset, u64 now)
+{
+	struct walk *w = get_walk();
+	void *crypt = 0;
+	if (core_exists(bio->bi_crypt_context))
+		crypt = bio->bi_crypt_context;
+	if (!w || crypt || core_read(&w->vec, bio->bi_io_vec)) // with crypt, the disk gets other bytes
+		return 2;
+	w->offset = offset;
+	w->time = now;
+	w->index = bio->bi_iter.bi_idx;
+	w->done = bio->bi_iter.bi_bvec_done;
+	w->left = bio->bi_iter.bi_size;
+	w->watch = watch;
+	w->error = 0;
+	bpf_loop(MAX_PIECES, copy_some, 0, 0);
+	return w->left && !w->error ? 2 : w->error;
+}
+
+// copy_head captures what has no data.
+static int copy_head(u32 kind, u32 watch, u64 offset, u32 length, u64 now)
+{
+	struct header *h = bpf_ringbuf_reserve(&ring, sizeof(*h), 0);
+	if (!h)
+		return 1;
+	h->offset = offset;
+	h->time = now;
+	h->length = length;
+	h->watch = watch;
+	h->kind = kind;
+	bpf_ringbuf_submit(h, RB_NO_WAKEUP);
+	return 0;
+}
+
+// ---- submission
+
+static struct control *get_control(void)
+{
+	u32 zero = 0;
+	return bpf_map_lookup_elem(&control, &zero);
+}
+
+// take_off notes a write that is on its way. If the bio is known already, its
+// last write has completed unseen.
+static void take_off(struct control *c, u64 bio, struct flight *f)
+{
+	struct flight *old = bpf_map_lookup_elem(&flying, &bio);
+	if (old) {
+		if (stale(c, old)) {
+			mark(old->dev, old->from, old->to);
+			__sync_fetch_and_add(&c->lost, 1);
+		}
+		*old = *f;
+		return;
+	}
+	if (bpf_map_update_elem(&flying, &bio, f, 0))
+		c->untracked_at = f->time;
+}
+
+// flush_all records a flush of every watched range of a disk.
+static void flush_all(struct control *c, u32 dev, u32 state, u64 now)
+{
+	for (u32 i = 0; i < MAX_DISKS && i < watch_count; i++) {
+		if (watches[i].dev != dev || (state & 1))
+			continue;
+		u32 key = i;
+		struct counters *n = bpf_map_lookup_elem(&counts, &key);
+		if (n)
+			n->flushes++;
+		if (copy_head(KIND_FLUSH, i, 0, 0, now)) {
+			overflow(c, state);
+			return;
+		}
+	}
+}
+
+// capture puts a write that lies in one watched range into the ring; it returns 0
+// if all of it is there.
+static int capture(struct control *c, struct bio *bio, u32 op, u32 i, u64 now)
+{
+	if (i >= MAX_DISKS)
+		return 1;
+	u32 size = bio->bi_iter.bi_size;
+	u64 offset = (bio->bi_iter.bi_sector - watches[i].start) << 9;
+	int err;
+	if (op == OP_WRITE)
+		err = size > max_bio ? 1 : copy_data(bio, i, offset, now);
+	else if (op == OP_WRITE_ZEROES)
+		err = copy_head(KIND_ZERO, i, offset, size, now);
+	else if (op == OP_DISCARD || op == OP_SECURE_ERASE)
+		err = copy_head(KIND_DISCARD, i, offset, size, now);
+	else
+		err = 1;
+	if (err == 2)
+		__sync_fetch_and_add(&c->unreadable, 1);
+	return err;
+}
+
+static void count(u32 i, u32 op, u32 size, int captured)
+{
+	struct counters *n = bpf_map_lookup_elem(&counts, &i);
+	if (!n)
+		return;
+	if (op == OP_WRITE || op == OP_WRITE_ZEROES) { // what the kernel counts as written
+		n->seen++;
+		n->seen_bytes += size;
+	}
+	if (!captured) {
+		n->marked++;
+		return;
+	}
+	n->writes++;
+	if (op == OP_WRITE)
+		n->bytes += size;
+}
+
+// find returns the first watched range that has sectors of [from, to), or -1.
+static int find(u32 dev, u64 from, u64 to)
+{
+	for (u32 i = 0; i < MAX_DISKS && i < watch_count; i++)
+		if (watches[i].dev == dev && from < watches[i].end && to > watches[i].start)
+			return i;
+	return -1;
+}
+
+static int submit(struct bio *bio, u32 op, u32 dev, u32 i)
+{
+	struct control *c = get_control();
+	if (!c || i >= MAX_DISKS)
+		return 0;
+	u64 from = bio->bi_iter.bi_sector, key = (u64)bio;
+	u32 size = bio->bi_iter.bi_size;
+	struct flight f = {
+		.from = from,
+		.to = from + (size >> 9),
+		.left = size,
+		.time = bpf_ktime_get_ns(),
+		.state = READ_ONCE(c->state),
+		.dev = dev,
+	};
+	if (!(f.state & 1)) {
+		int inside = f.from >= watches[i].start && f.to <= watches[i].end;
+		if (!inside || capture(c, bio, op, i, f.time)) {
+			overflow(c, f.state);
+			f.state |= 1;
+		}
+	}
+	if (f.state & 1)
+		mark(dev, f.from, f.to);
+	count(i, op, size, !(f.state & 1));
+	take_off(c, key, &f);
+	return 0;
+}
+
+SEC("tp_btf/block_bio_queue")
+int on_queue(u64 *ctx)
+{
+	struct bio *bio = (struct bio *)ctx[0];
+	u32 flags = bio->bi_opf, op = flags & OP_MASK;
+	if (!(op & 1) && op != OP_FLUSH) // even operations change nothing
+		return 0;
+	u32 dev = bio->bi_bdev->bd_disk->part0->bd_dev;
+	u64 from = bio->bi_iter.bi_sector;
+	if (op == OP_FLUSH || (flags & (1u << core_enum(enum req_flag_bits, __REQ_PREFLUSH)))) {
+		struct control *c = get_control();
+		if (c)
+			flush_all(c, dev, READ_ONCE(c->state), bpf_ktime_get_ns());
+	}
+	u32 size = bio->bi_iter.bi_size;
+	if (size == 0)
+		return 0;
+	int i = find(dev, from, from + (size >> 9));
+	if (i < 0)
+		return 0;
+	return submit(bio, op, dev, i);
+}
+
+// ---- completion
+
+// grave says whether a failed write needs an overflow: the copy may hold what the disk
+// refused. Not if nothing was done and the submitter tries again, by another
+// operation or with more patience; to read the range again is enough then.
+static int grave(int error)
+{
+	return error && error != STATUS_NOTSUPP && error != STATUS_AGAIN && error != ERROR_NOTSUPP && error != ERROR_AGAIN;
+}
+
+// touch_down handles n completed bytes of a write that is known under key.
+static int touch_down(struct control *c, u64 key, u64 from, u64 n, int error)
+{
+	struct flight *f = bpf_map_lookup_elem(&flying, &key);
+	if (!f || from < f->from || from + (n >> 9) > f->to)
+		return 0;
+	u32 state = READ_ONCE(c->state);
+	int old = stale(c, f);
+	if (error)
+		__sync_fetch_and_add(&c->failed, 1);
+	if (old && state == READ_ONCE(c->settled)) {
+		__sync_fetch_and_add(&c->late, 1);
+		overflow(c, state);
+	} else if (grave(error)) {
+		overflow(c, state);
+	}
+	if (old || error) // after the overflow: who takes the mark can see that a Lost is due
+		mark(f->dev, from, from + (n >> 9));
+	if (__sync_fetch_and_add(&f->left, -n) <= n)
+		bpf_map_delete_elem(&flying, &key);
+	return 1;
+}
+
+// The completion that is handled on this processor; in a map for the reasons of walk.
+struct landing {
+	u64 bio;
+	u64 left; // bytes
+	int error;
+};
+
+struct {
+	map_uint(type, MAP_TYPE_PERCPU_ARRAY);
+	map_uint(max_entries, 1);
+	map_type(key, u32);
+	map_type(value, struct landing);
+} landings SEC(".maps");
+
+static struct landing *get_landing(void)
+{
+	u32 zero = 0;
+	return bpf_map_lookup_elem(&landings, &zero);
+}
+
+// land_bio handles one bio of a completed request: itself, or a piece that was split
+// off and points to the bio that was submitted.
+static long land_bio(u32 i, void *unused)
+{
+	struct landing *l = get_landing();
+	struct control *c = get_control();
+	u64 from = 0, parent = 0, next = 0;
+	u32 size = 0;
+	if (!l || !c || !l->bio || !l->left)
+		return 1;
+	struct bio *bio = (struct bio *)l->bio;
+	if (core_read(&from, bio->bi_iter.bi_sector) || core_read(&size, bio->bi_iter.bi_size) || core_read(&next, bio->bi_next))
+		return 1;
+	u64 n = size < l->left ? size : l->left;
+	if (n && !touch_down(c, (u64)bio, from, n, l->error)) {
+		core_read(&parent, bio->bi_private);
+		if (!touch_down(c, parent, from, n, l->error) && READ_ONCE(c->state) != READ_ONCE(c->settled)) {
+			// Submitted before the capture began, or there was no room to note it.
+			struct block_device *bdev = 0;
+			struct gendisk *disk = 0;
+			u32 dev = 0;
+			core_read(&bdev, bio->bi_bdev);
+			core_read(&disk, bdev->bd_disk);
+			core_read(&bdev, disk->part0);
+			core_read(&dev, bdev->bd_dev);
+			mark(dev, from, from + (n >> 9));
+		}
+	}
+	l->left -= n;
+	l->bio = next;
+	return 0;
+}
+
+SEC("tp_btf/block_rq_complete")
+int on_request_complete(u64 *ctx)
+{
+	struct request *rq = (struct request *)ctx[0];
+	if (!(rq->cmd_flags & 1))
+		return 0;
+	struct landing *l = get_landing();
+	if (!l || core_read(&l->bio, rq->bio))
+		return 0;
+	l->left = (u32)ctx[2];
+	l->error = (int)ctx[1];
+	bpf_loop(MAX_MERGED, land_bio, 0, 0);
+	return 0;
+}
+
+// Devices without requests, and bios that failed before they became one. The bio is
+// advanced already: what it was is only in flying.
+SEC("tp_btf/block_bio_complete")
+int on_bio_complete(u64 *ctx)
+{
+	struct bio *bio = (struct bio *)ctx[1];
+	u64 key = (u64)bio;
+	struct flight *f = bpf_map_lookup_elem(&flying, &key);
+	struct control *c = get_control();
+	if (!f || !c || !(bio->bi_opf & 1))
+		return 0;
+	touch_down(c, key, f->from, (f->to - f->from) << 9, bio->bi_status);
+	return 0;
+}

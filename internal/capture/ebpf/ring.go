@@ -1,0 +1,121 @@
+package ebpf
+
+import (
+	"encoding/binary"
+	"fmt"
+	"sync/atomic"
+
+	"farside/internal/capture"
+	"farside/internal/dr"
+)
+
+// A ring reads a BPF ring buffer through its memory. Positions count bytes since
+// the ring was made. The kernel writes records at the producer's position, each
+//
+//	u32 length | busy bit 31 | discarded bit 30
+//	u32 (the kernel's)
+//	length bytes, padded to 8
+//
+// and frees what is below the consumer's position. The data is mapped twice in a
+// row, so a record is never cut.
+type ring struct {
+	consumer, producer *uint64 // shared with the kernel
+	data               []byte  // 2 * size bytes
+	size               uint64
+	pos                uint64 // where the next record begins; the consumer's position may lag
+	freed              uint64 // the consumer's position
+}
+
+const (
+	recordBusy      = 1 << 31
+	recordDiscarded = 1 << 30
+	recordHeader    = 8
+
+	// freeStep is how much is consumed before the kernel hears of it.
+	freeStep = 1 << 20
+)
+
+// next returns the next record and steps behind it. The record is valid until
+// release. It returns nil if there is none (yet).
+func (r *ring) next() []byte {
+	for r.pos < atomic.LoadUint64(r.producer) {
+		at := r.pos & (r.size - 1)
+		head := atomic.LoadUint32(word32(r.data[at:]))
+		if head&recordBusy != 0 {
+			return nil // being written; its time will come
+		}
+		n := uint64(head &^ (recordBusy | recordDiscarded))
+		r.pos += (recordHeader + n + 7) &^ 7
+		if head&recordDiscarded == 0 {
+			return r.data[at+recordHeader:][:n:n]
+		}
+	}
+	return nil
+}
+
+// release gives everything before pos back to the kernel, if it is much or all is
+// true.
+func (r *ring) release(all bool) {
+	if r.pos-r.freed >= min(freeStep, r.size/8) || all && r.pos != r.freed {
+		atomic.StoreUint64(r.consumer, r.pos)
+		r.freed = r.pos
+	}
+}
+
+// header is what a record of the programs begins with (struct header of
+// bpf/capture.c).
+type header struct {
+	offset int64  // bytes from the start of the disk
+	time   int64  // ns of the monotonic clock
+	length uint32 // bytes
+	watch  uint16 // index of the disk
+	kind   uint16
+}
+
+const (
+	headerSize  = 24
+	kindData    = 1
+	kindZero    = 2
+	kindDiscard = 3
+	kindFlush   = 4
+)
+
+// parseRecord makes an event of a record; Data points into it. Time is left as the
+// monotonic clock had it.
+func parseRecord(rec []byte, disks []capture.Disk) (capture.Event, error) {
+	if len(rec) < headerSize {
+		return capture.Event{}, fmt.Errorf("ring record of %d bytes: %w", len(rec), dr.ErrCorrupt)
+	}
+	h := header{
+		offset: int64(binary.LittleEndian.Uint64(rec)),
+		time:   int64(binary.LittleEndian.Uint64(rec[8:])),
+		length: binary.LittleEndian.Uint32(rec[16:]),
+		watch:  binary.LittleEndian.Uint16(rec[20:]),
+		kind:   binary.LittleEndian.Uint16(rec[22:]),
+	}
+	if int(h.watch) >= len(disks) {
+		return capture.Event{}, fmt.Errorf("ring record of disk number %d: %w", h.watch, dr.ErrCorrupt)
+	}
+	d := disks[h.watch]
+	e := capture.Event{Kind: capture.Change, Time: h.time, Extent: dr.Extent{Disk: d.ID, Offset: h.offset, Length: int64(h.length)}}
+	if h.offset < 0 || h.offset > d.Size-int64(h.length) {
+		return e, fmt.Errorf("ring record of %v of a disk of %d bytes: %w", e.Extent, d.Size, dr.ErrCorrupt)
+	}
+	switch h.kind {
+	case kindData:
+		e.What = dr.Data
+		if int(h.length) > len(rec)-headerSize {
+			return e, fmt.Errorf("ring record of %v in %d bytes: %w", e.Extent, len(rec), dr.ErrCorrupt)
+		}
+		e.Data = rec[headerSize:][:h.length:h.length]
+	case kindZero:
+		e.What = dr.Zero
+	case kindDiscard:
+		e.What = dr.Discard
+	case kindFlush:
+		e.Kind, e.Extent = capture.Flush, dr.Extent{Disk: d.ID}
+	default:
+		return e, fmt.Errorf("ring record of kind %d: %w", h.kind, dr.ErrCorrupt)
+	}
+	return e, nil
+}

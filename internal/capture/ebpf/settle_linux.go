@@ -1,0 +1,237 @@
+//go:build linux && amd64
+
+package ebpf
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync/atomic"
+	"time"
+
+	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
+
+	"farside/internal/dr"
+)
+
+// How long Resume waits for completions that do not come. About one in 10^4 to 10^5
+// completions is not shown to the programs on some machines.
+const (
+	// neverSettled is no state.
+	neverSettled = ^uint32(0)
+	// quietAge: a write that is this old, while the driver of its disk has no
+	// write at all, has completed unseen. (A younger one may wait for a request.)
+	quietAge = 100 * time.Millisecond
+	// giveUpAge: so has one of this age. If its completion comes nevertheless, the
+	// programs overflow, and all is well again.
+	giveUpAge = 10 * time.Second
+	// openAge is how long writes that were in flight at Open are waited for if
+	// the disk is never quiet.
+	openAge = 30 * time.Second
+	// leakAge: a captured write of this age has completed unseen; it is only
+	// dropped to make room.
+	leakAge    = time.Minute
+	settlePoll = 2 * time.Millisecond
+)
+
+// grace returns when every program that runs now has ended: programs of tracepoints
+// are read-side critical sections of RCU, and the system call waits for those.
+func grace() {
+	const global = 1 // MEMBARRIER_CMD_GLOBAL
+	if _, _, e := unix.Syscall(unix.SYS_MEMBARRIER, global, 0, 0); e != 0 {
+		time.Sleep(50 * time.Millisecond) // not available with nohz_full
+	}
+}
+
+// Resume implements capture.Stream.
+func (s *source) Resume(ctx context.Context) error {
+	if err := s.enter("resume"); err != nil {
+		return err
+	}
+	defer s.leave()
+	if s.opts.BitmapOnly {
+		return fmt.Errorf("resume: opened for bitmap mode only: %w", dr.ErrUnsupported)
+	}
+	s.resuming.Lock()
+	defer s.resuming.Unlock()
+	state := atomic.LoadUint32(s.state)
+	if state%2 == 1 {
+		s.lost.Lock()
+		s.noticeLocked() // its place is below what is captured from here on
+		s.lost.Unlock()
+		state++
+		atomic.StoreUint32(s.state, state) // programs change only even states
+		grace()                            // those that saw the odd one have noted their bios
+	}
+	return s.settle(ctx, state)
+}
+
+// settle waits until no write is in flight that Resume waits for.
+func (s *source) settle(ctx context.Context, state uint32) error {
+	for {
+		if atomic.LoadUint32(s.settled) == state || atomic.LoadUint32(s.state) != state {
+			return nil
+		}
+		stale, err := s.staleWrites(state)
+		if err != nil {
+			return fmt.Errorf("resume: %w", err)
+		}
+		if !stale {
+			atomic.StoreUint32(s.settled, state)
+			return nil
+		}
+		select {
+		case <-time.After(settlePoll):
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-s.life.closed:
+			return fmt.Errorf("resume: capture closed: %w", dr.ErrUnavailable)
+		}
+	}
+}
+
+// staleWrites reports whether writes are in flight whose data is not in the present
+// span of data mode. It gives up on those that have been for too long.
+func (s *source) staleWrites(state uint32) (bool, error) {
+	now := monotonic()
+	quiet, err := s.quietDisks()
+	if err != nil {
+		return true, err
+	}
+	allQuiet := len(quiet) > 0
+	for _, q := range quiet {
+		allQuiet = allQuiet && q
+	}
+	s.calm = s.calm || !pending(now, s.opened, openAge, allQuiet)
+	stale := !s.calm
+	untracked := word64(s.prog.control[controlUntrackedAt:])
+	if at := atomic.LoadUint64(untracked); at != 0 {
+		if pending(now, at, giveUpAge, allQuiet) {
+			stale = true
+		} else {
+			atomic.CompareAndSwapUint64(untracked, at, 0)
+		}
+	}
+	err = s.flights(func(bio uint64, f flight) error {
+		if f.State == state {
+			return nil
+		}
+		if pending(now, f.Time, giveUpAge, quiet[f.Dev]) {
+			stale = true
+			return nil
+		}
+		s.given.Add(1)
+		if err := s.markFlight(f); err != nil {
+			return err
+		}
+		if quiet[f.Dev] {
+			return s.forget(bio)
+		}
+		return nil // its completion, if it comes, is too late: the programs watch for it
+	})
+	return stale, err
+}
+
+// pending reports whether a write that was submitted at the time since may still be
+// on its way.
+func pending(now, since uint64, limit time.Duration, quiet bool) bool {
+	age := time.Duration(now - min(since, now))
+	return age < limit && !(quiet && age >= quietAge)
+}
+
+// quietDisks tells for each whole disk whether its driver has no write now.
+func (s *source) quietDisks() (map[uint32]bool, error) {
+	quiet := make(map[uint32]bool)
+	for _, d := range s.devs {
+		if _, ok := quiet[d.dev]; ok {
+			continue
+		}
+		n, err := d.writesInFlight()
+		if err != nil {
+			return nil, err
+		}
+		quiet[d.dev] = n == 0
+	}
+	return quiet, nil
+}
+
+// flights calls fn for each write in flight; those that begin or end meanwhile may be
+// left out.
+func (s *source) flights(fn func(bio uint64, f flight) error) error {
+	const batch = 1024
+	keys, values := make([]uint64, batch), make([]flight, batch)
+	var cursor ebpf.MapBatchCursor
+	for {
+		n, err := s.prog.objs.Flying.BatchLookup(&cursor, keys, values, nil)
+		if err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+			return fmt.Errorf("list writes in flight: %w", err)
+		}
+		for i := range n {
+			if err := fn(keys[i], values[i]); err != nil {
+				return err
+			}
+		}
+		if err != nil {
+			return nil
+		}
+	}
+}
+
+func (s *source) forget(bio uint64) error {
+	if err := s.prog.objs.Flying.Delete(bio); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+		return fmt.Errorf("forget a write: %w", err)
+	}
+	return nil
+}
+
+// markFlight puts what f wrote into the dirty set.
+func (s *source) markFlight(f flight) error {
+	for _, d := range s.devs {
+		from, to := max(f.From, d.start), min(f.To, d.end())
+		if d.dev != f.Dev || from >= to {
+			continue
+		}
+		x := dr.Extent{Disk: d.disk.ID, Offset: int64(from-d.start) * dr.SectorSize, Length: int64(to-from) * dr.SectorSize}
+		if err := s.bitmap.Mark(x); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// sweep drops captured writes whose completion was never seen, now and then.
+func (s *source) sweep() {
+	now := monotonic()
+	if now-max(s.swept, s.opened) < uint64(leakAge) {
+		return
+	}
+	s.swept = now
+	state := atomic.LoadUint32(s.state)
+	// An error only means that it is tried again.
+	_ = s.flights(func(bio uint64, f flight) error {
+		if f.State != state || state%2 == 1 || now-min(f.Time, now) < uint64(leakAge) {
+			return nil
+		}
+		return s.forget(bio)
+	})
+}
+
+// awaitBioBased waits for what is in flight at the start on devices without requests:
+// how much of a bio they complete can't be seen, so it can't be marked later.
+func (s *source) awaitBioBased() error {
+	for {
+		busy := false
+		for _, d := range s.devs {
+			n, err := d.writesInFlight()
+			if err != nil {
+				return err
+			}
+			busy = busy || n > 0 && !d.mq
+		}
+		if !busy || monotonic()-s.opened > uint64(openAge) {
+			return nil
+		}
+		time.Sleep(settlePoll)
+	}
+}
