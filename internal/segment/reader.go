@@ -64,11 +64,11 @@ func openFile(fsys vfs.FS, f vfs.File, name string) (*Reader, error) {
 	}
 	r := newReader(fsys, name, start)
 	r.mu.file = f
-	t, sealed, err := readTrailer(f, size)
+	x, err := readIndex(f, size, start)
 	if err != nil {
 		return nil, err
 	}
-	if !sealed {
+	if x == nil {
 		s, err := scan(f, size, start)
 		if err != nil {
 			return nil, err
@@ -76,17 +76,10 @@ func openFile(fsys vfs.FS, f vfs.File, name string) (*Reader, error) {
 		r.mu.entries, r.mu.end, r.mu.torn = s.entries, s.cursor, size-s.end
 		return r, nil
 	}
-	footer := make([]byte, entrySize*t.entries)
-	if err := readFull(f, footer, t.footer); err != nil {
-		return nil, err
-	}
-	if r.mu.entries, err = parseFooter(footer, t, start); err != nil {
-		return nil, err
-	}
-	r.mu.sealed = true
-	if n := len(r.mu.entries); n > 0 {
-		last := r.mu.entries[n-1]
-		r.mu.end.Position.Seq, r.mu.end.Time, r.mu.end.Chain = last.Last, last.LastTime, t.chain
+	r.mu.sealed, r.mu.entries = true, x.entries
+	if n := len(x.entries); n > 0 {
+		last := x.entries[n-1]
+		r.mu.end.Position.Seq, r.mu.end.Time, r.mu.end.Chain = last.Last, last.LastTime, x.chain
 	}
 	return r, nil
 }
@@ -120,16 +113,35 @@ func readHeader(f io.ReaderAt, size int64, name string) (frame.Cursor, error) {
 	return c, err
 }
 
-func readTrailer(f io.ReaderAt, size int64) (trailer, bool, error) {
+// index is what footer and trailer of a sealed segment say.
+type index struct {
+	entries []Entry
+	chain   [32]byte
+}
+
+// readIndex returns nil when the segment is not sealed: without a good trailer
+// and footer, as also a crash in Seal leaves it.
+func readIndex(f io.ReaderAt, size int64, start frame.Cursor) (*index, error) {
 	if size < headerSize+trailerSize {
-		return trailer{}, false, nil
+		return nil, nil //nolint:nilnil // not sealed is no error
 	}
 	var b [trailerSize]byte
 	if err := readFull(f, b[:], size-trailerSize); err != nil {
-		return trailer{}, false, err
+		return nil, err
 	}
 	t, ok := parseTrailer(b[:], size)
-	return t, ok, nil
+	if !ok {
+		return nil, nil //nolint:nilnil // as above
+	}
+	footer := make([]byte, entrySize*t.entries)
+	if err := readFull(f, footer, t.footer); err != nil {
+		return nil, err
+	}
+	entries, ok := parseFooter(footer, t, start)
+	if !ok {
+		return nil, nil //nolint:nilnil // as above
+	}
+	return &index{entries, t.chain}, nil
 }
 
 func (r *Reader) grow(e Entry, end frame.Cursor) {

@@ -190,12 +190,11 @@ func parseTrailer(b []byte, size int64) (trailer, bool) {
 	return t, fits
 }
 
-// parseFooter checks that the entries follow one another from start and lie
-// before the footer.
-func parseFooter(b []byte, t trailer, start frame.Cursor) ([]Entry, error) {
-	bad := fmt.Errorf("segment footer: %w", dr.ErrCorrupt)
+// parseFooter reports false unless the checksum is right and the entries
+// follow one another from start and lie before the footer.
+func parseFooter(b []byte, t trailer, start frame.Cursor) ([]Entry, bool) {
 	if checksum(b) != t.sum {
-		return nil, bad
+		return nil, false
 	}
 	entries := make([]Entry, t.entries)
 	at, seq, time := int64(headerSize), start.Position.Seq, start.Time
@@ -208,10 +207,10 @@ func parseFooter(b []byte, t trailer, start frame.Cursor) ([]Entry, error) {
 		}
 		if e.Off < at || e.Off > at+markSize || e.Len < frame.HeaderSize || e.Len > frame.MaxSize || e.Off+e.Len > t.footer ||
 			e.Last < e.First || e.FirstTime < time || e.LastTime < e.FirstTime {
-			return nil, bad
+			return nil, false
 		}
 		at, seq, time = e.Off+e.Len, e.Last, e.LastTime
 		entries[i] = e
 	}
-	return entries, nil
+	return entries, true
 }

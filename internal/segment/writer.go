@@ -87,8 +87,10 @@ func recoverFile(fsys vfs.FS, f vfs.File, name string) (*Writer, error) {
 	if err != nil {
 		return nil, err
 	}
-	if _, sealed, err := readTrailer(f, size); err != nil || sealed {
-		return nil, errors.Join(err, fmt.Errorf("segment is sealed: %w", dr.ErrInvalid))
+	if x, err := readIndex(f, size, start); err != nil {
+		return nil, err
+	} else if x != nil {
+		return nil, fmt.Errorf("segment is sealed: %w", dr.ErrInvalid)
 	}
 	s, err := scan(f, size, start)
 	if err != nil {
