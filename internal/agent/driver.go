@@ -1,8 +1,163 @@
 package agent
 
+import (
+	"errors"
+	"fmt"
+	"net"
+	"os"
+
+	"farside/internal/capture"
+	"farside/internal/capture/ebpf"
+	"farside/internal/capture/tap"
+	"farside/internal/dr"
+)
+
 // The capture drivers by name.
 const (
 	driverAuto = "auto"
 	driverEBPF = "ebpf"
 	driverTap  = "tap"
 )
+
+// opened is a Source that a stream may use.
+type opened struct {
+	capture.Source
+	driver string
+	used   bool // another stream took events of it over before
+}
+
+// opener opens the Source of some disks; driver and ring override the
+// configuration unless they are zero.
+type opener func(disks []capture.Disk, driver string, ring int64) (opened, error)
+
+// drivers opens Sources as the configuration says. The tap is open all the
+// time, because its writers need their disks also while nothing is replicated.
+type drivers struct {
+	conf    CaptureConfig
+	tap     *tap.Opened // nil: not set up
+	tapUsed bool
+}
+
+// openDrivers sets up what must run all the time.
+func openDrivers(c CaptureConfig) (*drivers, error) {
+	d := &drivers{conf: c}
+	if !c.Tap.set() {
+		return d, nil
+	}
+	if err := os.Remove(c.Tap.Socket); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("remove old tap socket: %w", err)
+	}
+	l, err := net.Listen("unix", c.Tap.Socket)
+	if err != nil {
+		return nil, fmt.Errorf("listen for writers of the tap: %w", err)
+	}
+	o := tap.Options{Listen: l, Queue: int64(c.Ring)}
+	for i, t := range c.Tap.Disks {
+		o.Disks = append(o.Disks, capture.Disk{ID: tapID(i), Path: t.Path})
+	}
+	if d.tap, err = tap.Open(o); err != nil {
+		return nil, fmt.Errorf("open tap: %w", err)
+	}
+	return d, nil
+}
+
+// tapID is what the i-th disk of the tap is called inside of it: its number in
+// the machine is not known before it is protected, and may change.
+func tapID(i int) dr.DiskID { return dr.DiskID(i + 1) }
+
+// Close ends what runs all the time.
+func (d *drivers) Close() error {
+	if d.tap == nil {
+		return nil
+	}
+	return d.tap.Close()
+}
+
+// open is the opener.
+func (d *drivers) open(disks []capture.Disk, driver string, ring int64) (opened, error) {
+	if driver == "" {
+		driver = d.conf.Driver
+	}
+	if ring == 0 {
+		ring = int64(d.conf.Ring)
+	}
+	if driver == driverAuto {
+		driver = driverEBPF
+		if d.tapped(disks) {
+			driver = driverTap
+		}
+	}
+	switch driver {
+	case driverEBPF:
+		src, err := ebpf.Open(disks, ebpf.Options{RingBytes: ring})
+		if err != nil {
+			return opened{}, fmt.Errorf("capture with ebpf: %w", err)
+		}
+		return checked(opened{Source: src, driver: driver}, disks)
+	case driverTap:
+		src, err := d.openTap(disks)
+		if err != nil {
+			return opened{}, fmt.Errorf("capture with the tap: %w", err)
+		}
+		used := d.tapUsed
+		d.tapUsed = true
+		return checked(opened{Source: src, driver: driver, used: used}, disks)
+	}
+	return opened{}, fmt.Errorf("capture driver %q: %w", driver, dr.ErrUnsupported)
+}
+
+// tapped reports whether all disks are behind the tap.
+func (d *drivers) tapped(disks []capture.Disk) bool {
+	for _, x := range disks {
+		if d.tapIndex(x.Path) < 0 {
+			return false
+		}
+	}
+	return len(disks) > 0
+}
+
+func (d *drivers) tapIndex(path string) int {
+	if d.tap != nil {
+		for i, t := range d.conf.Tap.Disks {
+			if t.Path == path {
+				return i
+			}
+		}
+	}
+	return -1
+}
+
+func (d *drivers) openTap(disks []capture.Disk) (capture.Source, error) {
+	if d.tap == nil {
+		return nil, fmt.Errorf("it is not set up in the configuration: %w", dr.ErrInvalid)
+	}
+	names := make(map[dr.DiskID]dr.DiskID)
+	for _, x := range disks {
+		at := d.tapIndex(x.Path)
+		if at < 0 {
+			return nil, fmt.Errorf("%s is not behind it: %w", x.Path, dr.ErrNotFound)
+		}
+		names[tapID(at)] = x.ID
+	}
+	return renumber(d.tap, names), nil
+}
+
+func sizeOf(disks []capture.Disk, id dr.DiskID) int64 {
+	for _, d := range disks {
+		if d.ID == id {
+			return d.Size
+		}
+	}
+	return 0
+}
+
+// checked closes o again if its disks are not as large as they are known to be.
+func checked(o opened, want []capture.Disk) (opened, error) {
+	for _, w := range want {
+		if size := sizeOf(o.Disks(), w.ID); w.Size != 0 && size != w.Size {
+			err := fmt.Errorf("%s has %d bytes, not %d: protect it anew: %w", w.Path, size, w.Size, dr.ErrInvalid)
+			return opened{}, errors.Join(err, o.Close())
+		}
+	}
+	return o, nil
+}

@@ -99,11 +99,13 @@ func (l *lag) reset() { l.waiting = nil }
 // so that a quantile is right within 13 %.
 type histogram struct {
 	count   uint64
+	max     time.Duration
 	buckets [64 * 8]uint64
 }
 
 func (h *histogram) add(d time.Duration) {
 	h.count++
+	h.max = max(h.max, d)
 	h.buckets[bucketOf(d)]++
 }
 

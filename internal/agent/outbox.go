@@ -90,11 +90,11 @@ func (o *outbox) starting() start {
 
 // resume makes the frames that follow c the next to be sent. When the outbox
 // can't go on from c, it drops everything and starts a new stream there; first
-// is the reason if this is the first stream.
-func (o *outbox) resume(c frame.Cursor, first Reason) start {
+// is the reason if this is the first stream. What is durable may have gone back.
+func (o *outbox) resume(c frame.Cursor, durable dr.Seq, first Reason) start {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	o.mu.durable = min(o.mu.durable, c.Position.Seq)
+	o.mu.durable = durable
 	if o.mu.start.generation > 0 && o.rewindLocked(c) {
 		o.notifyLocked()
 		return o.mu.start
@@ -218,18 +218,23 @@ type delivery struct {
 	bytes                  int64 // not stored yet
 	rpo                    time.Duration
 	rpoKnown               bool
-	p50, p99               time.Duration
+	p50, p99, max          time.Duration
 	samples                uint64
+	machine                dr.MachineID
+	timeline               dr.Timeline
+	point                  time.Time // of the newest durable recovery point
 }
 
 // delivery reports as of now; exact says that the stream is exact now.
 func (o *outbox) delivery(now time.Time, exact bool) delivery {
 	o.mu.Lock()
 	defer o.mu.Unlock()
+	end := o.endLocked()
 	d := delivery{
-		built: o.endLocked().Position.Seq, stored: o.mu.base.Position.Seq, durable: o.mu.durable,
+		machine: end.Machine, timeline: end.Position.Timeline, point: o.mu.lag.point,
+		built: end.Position.Seq, stored: o.mu.base.Position.Seq, durable: o.mu.durable,
 		bytes: o.mu.bytes, samples: o.mu.lag.hist.count,
-		p50: o.mu.lag.hist.quantile(0.50), p99: o.mu.lag.hist.quantile(0.99),
+		p50: o.mu.lag.hist.quantile(0.50), p99: o.mu.lag.hist.quantile(0.99), max: o.mu.lag.hist.max,
 	}
 	d.rpo, d.rpoKnown = o.mu.lag.now(now, exact)
 	return d

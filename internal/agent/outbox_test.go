@@ -21,7 +21,7 @@ type boxed struct {
 func newBoxed(t *testing.T) *boxed {
 	b := &boxed{outbox: newOutbox()}
 	c := frame.Cursor{Machine: dr.MachineID{1}, Position: dr.Position{Timeline: 1, Seq: 100}}
-	s := b.resume(c, ReasonRestart)
+	s := b.resume(c, 0, ReasonRestart)
 	if s.generation != 1 || s.reason != ReasonRestart || s.cursor != c {
 		t.Fatalf("first start %+v", s)
 	}
@@ -68,7 +68,7 @@ func TestOutboxResume(t *testing.T) {
 	}
 	resume := func(name string, c frame.Cursor, generation int, reason Reason, next dr.Seq) {
 		t.Helper()
-		s := b.resume(c, ReasonInitial)
+		s := b.resume(c, 0, ReasonInitial)
 		if got := b.taken(t); s.generation != generation || s.reason != reason || got != next {
 			t.Fatalf("%s: start %+v, next %d; want generation %d, %q, next %d", name, s, got, generation, reason, next)
 		}

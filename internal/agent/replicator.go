@@ -107,6 +107,7 @@ type DiskCounters struct {
 // counters counts what happened to the stream since the source was opened.
 type counters struct {
 	frames    uint64
+	bytes     uint64 // of them
 	overflows uint64
 	syncs     uint64
 	retreats  uint64
@@ -300,6 +301,7 @@ func (r *replicator) putHeartbeat(at time.Time) error {
 func (r *replicator) put(b []byte, l lagRecord) {
 	if r.out.put(r.gen, b, r.enc.Cursor(), l) {
 		r.stats.frames++
+		r.stats.bytes += uint64(len(b))
 		r.last = r.now
 	}
 }

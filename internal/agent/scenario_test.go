@@ -67,7 +67,7 @@ func newScene(t *testing.T, seq dr.Seq) *scene {
 }
 
 // connect lets the receiver say where it stands.
-func (s *scene) connect() { s.out.resume(s.at, ReasonInitial) }
+func (s *scene) connect() { s.out.resume(s.at, 0, ReasonInitial) }
 
 func (s *scene) step() {
 	s.t.Helper()
@@ -436,7 +436,7 @@ func BenchmarkStep(b *testing.B) {
 	mem := capturetest.NewMem(capture.Disk{ID: 1, Size: 16 << 20})
 	out := newOutbox()
 	rep := newReplicator(mem, out, defaultTuning())
-	out.resume(frame.Cursor{Machine: dr.MachineID{1}, Position: dr.Position{Timeline: 1}}, ReasonInitial)
+	out.resume(frame.Cursor{Machine: dr.MachineID{1}, Position: dr.Position{Timeline: 1}}, 0, ReasonInitial)
 	data := bytes.Repeat([]byte{1, 2, 3, 4}, 1024)
 	b.SetBytes(int64(len(data)))
 	for i := 0; b.Loop(); i++ {

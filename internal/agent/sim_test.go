@@ -267,7 +267,7 @@ func (s *sim) ack() {
 
 // reconnect breaks the link: what was sent and not received is sent again.
 func (s *sim) reconnect() {
-	s.out.resume(s.far.at, ReasonInitial)
+	s.out.resume(s.far.at, 0, ReasonInitial)
 }
 
 // lose throws the far side back to what it held at some moment.

@@ -29,13 +29,35 @@ type Reason string
 
 // The reasons. They go into reports and events; don't change what they say.
 const (
-	ReasonInitial  Reason = "initial"        // the far side holds nothing of this machine
-	ReasonRestart  Reason = "agent-restart"  // the agent was not running: anything may have been written
-	ReasonOverflow Reason = "overflow"       // changes came faster than they could be taken over
-	ReasonGap      Reason = "receiver-gap"   // the receiver lost frames that were freed here
-	ReasonAhead    Reason = "receiver-ahead" // the receiver holds frames that this agent did not build
-	ReasonMarked   Reason = "marked"         // something was marked dirty while the stream was exact
+	ReasonInitial  Reason = "initial"         // the far side holds nothing of this machine
+	ReasonRestart  Reason = "agent-restart"   // the agent was not running: anything may have been written
+	ReasonReopened Reason = "capture-restart" // the capture was opened anew: disks or settings changed, or it failed
+	ReasonOverflow Reason = "overflow"        // changes came faster than they could be taken over
+	ReasonGap      Reason = "receiver-gap"    // the receiver lost frames that were freed here
+	ReasonAhead    Reason = "receiver-ahead"  // the receiver holds frames that this agent did not build
+	ReasonMarked   Reason = "marked"          // something was marked dirty while the stream was exact
 )
 
 // full reports whether a sync for this reason reads whole disks.
 func (r Reason) full() bool { return r != ReasonOverflow && r != ReasonMarked }
+
+// text says for people what r means.
+func (r Reason) text() string {
+	switch r {
+	case ReasonInitial:
+		return "initial replication"
+	case ReasonRestart:
+		return "the agent was not running"
+	case ReasonReopened:
+		return "the capture was opened anew"
+	case ReasonOverflow:
+		return "writes came faster than they could be taken over"
+	case ReasonGap:
+		return "the receiver lost frames that it had stored"
+	case ReasonAhead:
+		return "the receiver holds frames of another run of the agent"
+	case ReasonMarked:
+		return "ranges were marked to be read again"
+	}
+	return string(r)
+}

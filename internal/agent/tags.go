@@ -2,7 +2,9 @@ package agent
 
 import (
 	"fmt"
+	"slices"
 	"time"
+	"unicode/utf8"
 
 	"farside/internal/capture"
 	"farside/internal/dr"
@@ -22,17 +24,29 @@ type tagQueue struct {
 // tag that it has, so forgetting one costs a frame.
 const maxPlaced = 1024
 
-// ask adds t unless it was asked for before.
-func (q *tagQueue) ask(t dr.Tag) {
-	if _, ok := q.placed[t.ID]; ok {
-		return
-	}
-	for _, w := range q.wanted {
-		if w.ID == t.ID {
-			return
+// set replaces what is wanted by those of ts that were not placed.
+func (q *tagQueue) set(ts []dr.Tag) {
+	due := q.wanted[:q.count]
+	q.wanted = nil
+	for _, t := range ts {
+		if _, ok := q.placed[t.ID]; !ok && !hasTag(q.wanted, t.ID) {
+			q.wanted = append(q.wanted, t)
 		}
 	}
-	q.wanted = append(q.wanted, t)
+	if len(due) > len(q.wanted) || !slices.Equal(due, q.wanted[:len(due)]) {
+		q.at, q.count = 0, 0
+	}
+}
+
+func hasTag(ts []dr.Tag, id [16]byte) bool {
+	return slices.ContainsFunc(ts, func(t dr.Tag) bool { return t.ID == id })
+}
+
+// ask adds t to what is wanted.
+func (q *tagQueue) ask(t dr.Tag) {
+	if _, ok := q.placed[t.ID]; !ok && !hasTag(q.wanted, t.ID) {
+		q.wanted = append(q.wanted, t)
+	}
 }
 
 func (q *tagQueue) pending() bool { return len(q.wanted) > 0 }
@@ -90,4 +104,12 @@ func (r *replicator) putTags() (bool, error) {
 		r.tags.place(t, r.enc.Cursor().Position)
 	}
 	return true, nil
+}
+
+// checkTagName refuses names that no frame can carry.
+func checkTagName(name string) error {
+	if len(name) > dr.MaxTagName || !utf8.ValidString(name) {
+		return fmt.Errorf("tag name of %d bytes: %w", len(name), dr.ErrInvalid)
+	}
+	return nil
 }

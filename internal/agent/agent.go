@@ -1,0 +1,248 @@
+// Package agent is the role that runs on every protected machine: it captures
+// each write of the machine's disks and sends them, in order, to the process
+// server, after and beside a copy of what the disks held before.
+//
+// Main types: Config, the configuration file; Run, the role. Within: replicator,
+// a state machine that makes one stream of captured writes and bulk reads;
+// outbox, the frames that are not stored yet; stream, a replicator and its link;
+// agent, which does what the configuration server assigns. docs/agent.md shows the
+// states and why bulk reads and captured writes can't harm each other.
+//
+// The agent keeps no frames and no dirty map on disk: when it restarts, disks are
+// read again. It doesn't freeze file systems and decides nothing about policy.
+//
+// Concurrency: Run owns all goroutines and waits for them. A replicator belongs
+// to one goroutine; outbox, stream and agent are safe for concurrent use.
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"slices"
+	"sync"
+	"time"
+
+	pb "farside/internal/api/farside/v1"
+	"farside/internal/capture"
+	"farside/internal/dr"
+	"farside/internal/frame"
+)
+
+// agent replicates what it is told to.
+type agent struct {
+	open   opener
+	dial   dialer
+	memory int64
+	log    *slog.Logger
+
+	notices chronicle
+	mu      struct {
+		sync.Mutex
+		assigned *pb.AgentAssignment
+		changed  chan struct{}
+		stream   *stream
+		driver   string
+		phase    pb.Phase // as long as there is no stream
+		err      error
+	}
+}
+
+func newAgent(open opener, dial dialer, memory int64, log *slog.Logger) *agent {
+	a := &agent{open: open, dial: dial, memory: memory, log: log}
+	a.mu.changed = make(chan struct{})
+	a.mu.phase = pb.Phase_PHASE_IDLE
+	return a
+}
+
+// assign replaces what is to be done.
+func (a *agent) assign(w *pb.AgentAssignment) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.mu.assigned = w
+	if s := a.mu.stream; s != nil {
+		s.setTags(wantedTags(w, time.Now()))
+		s.setServer(serverOf(w))
+	}
+	close(a.mu.changed)
+	a.mu.changed = make(chan struct{})
+}
+
+func (a *agent) assignment() (*pb.AgentAssignment, <-chan struct{}) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.mu.assigned, a.mu.changed
+}
+
+func serverOf(p *pb.AgentAssignment) server {
+	ps := p.GetProcessServer()
+	return server{node: ps.GetNodeId(), addrs: ps.GetAddresses()}
+}
+
+// work is what makes a stream what it is: if any of it changes, another one
+// must begin.
+type work struct {
+	settings
+	disks []capture.Disk
+}
+
+type settings struct {
+	machine  dr.MachineID
+	timeline dr.Timeline
+	driver   string
+	ring     int64
+	memory   int64
+	codec    frame.Codec
+}
+
+func (w *work) same(o *work) bool {
+	return w.settings == o.settings && slices.Equal(w.disks, o.disks)
+}
+
+// workOf reads an assignment; nil means that there is nothing to replicate. Errors wrap
+// dr.ErrInvalid.
+func workOf(p *pb.AgentAssignment, memory int64) (*work, error) {
+	if len(p.GetDisks()) == 0 {
+		return nil, nil //nolint:nilnil // nothing to do is neither an error nor work
+	}
+	machine, err := dr.ParseMachineID(p.GetMachineId())
+	if err != nil {
+		return nil, fmt.Errorf("read assignment: %w", err)
+	}
+	s := p.GetSettings()
+	w := &work{settings: settings{
+		machine: machine, timeline: dr.Timeline(p.GetTimeline()), memory: memory,
+		driver: s.GetCaptureDriver(), ring: s.GetRingBytes(), codec: codecOf(s.GetCodec()),
+	}}
+	if m := s.GetMemoryBytes(); m != 0 {
+		w.memory = max(m, minMemory)
+	}
+	for _, d := range p.GetDisks() {
+		if d.GetId() > 1<<16-1 || d.GetSize() < 0 {
+			return nil, fmt.Errorf("read assignment: disk %d of %d bytes: %w", d.GetId(), d.GetSize(), dr.ErrInvalid)
+		}
+		w.disks = append(w.disks, capture.Disk{ID: dr.DiskID(d.GetId()), Path: d.GetPath(), Size: d.GetSize()})
+	}
+	return w, nil
+}
+
+func codecOf(c pb.Codec) frame.Codec {
+	switch c {
+	case pb.Codec_CODEC_ZSTD:
+		return frame.Zstd
+	case pb.Codec_CODEC_S2:
+		return frame.S2
+	}
+	return frame.None
+}
+
+// reopenAfter is the pause before a stream that failed is begun again.
+const reopenAfter = 5 * time.Second
+
+// run does what is assigned until ctx ends.
+func (a *agent) run(ctx context.Context) error {
+	reason := ReasonRestart
+	for ctx.Err() == nil {
+		p, changed := a.assignment()
+		w, err := workOf(p, a.memory)
+		switch {
+		case err != nil:
+			a.rest(pb.Phase_PHASE_FAILED, err)
+			sleep(ctx, time.Hour, changed)
+		case w == nil:
+			a.rest(pb.Phase_PHASE_IDLE, nil)
+			sleep(ctx, time.Hour, changed)
+		default:
+			err := a.replicate(ctx, w, reason)
+			a.afterwards(ctx, w, err)
+			reason = ReasonReopened
+		}
+	}
+	return ctx.Err()
+}
+
+// rest notes that there is no stream, and why.
+func (a *agent) rest(phase pb.Phase, err error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.mu.stream, a.mu.phase, a.mu.err = nil, phase, err
+}
+
+// afterwards waits for the right moment to begin anew after a stream ended.
+func (a *agent) afterwards(ctx context.Context, w *work, err error) {
+	switch {
+	case ctx.Err() != nil || errors.Is(err, errReassigned):
+	case errors.Is(err, dr.ErrTimeline):
+		a.log.Warn("stood down: another timeline of this machine is current", "timeline", w.timeline)
+		a.rest(pb.Phase_PHASE_FENCED, err)
+		a.until(ctx, w, nil)
+	default:
+		a.log.Error("replication failed; will try again", "error", err)
+		a.rest(pb.Phase_PHASE_FAILED, err)
+		short, cancel := context.WithTimeout(ctx, reopenAfter)
+		defer cancel()
+		a.until(short, w, nil)
+	}
+}
+
+// errReassigned ends a stream because the assignment wants another one.
+var errReassigned = errors.New("assigned anew")
+
+// until returns when ctx ends, done is closed, or the assignment is no longer w.
+func (a *agent) until(ctx context.Context, w *work, done <-chan struct{}) {
+	for ctx.Err() == nil {
+		p, changed := a.assignment()
+		if now, err := workOf(p, a.memory); err != nil || now == nil || !now.same(w) {
+			return
+		}
+		select {
+		case <-ctx.Done():
+		case <-done:
+			return
+		case <-changed:
+		}
+	}
+}
+
+// replicate runs one stream until it fails or the assignment changes.
+func (a *agent) replicate(ctx context.Context, w *work, first Reason) (err error) {
+	src, err := a.open(slices.Clone(w.disks), w.driver, w.ring)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, src.Close()) }()
+
+	tune := defaultTuning()
+	tune.memory, tune.codec = w.memory, w.codec
+	a.mu.Lock()
+	s := newStream(src, streamConfig{
+		machine: w.machine, timeline: w.timeline, first: first, used: src.used, tune: tune,
+		dial: a.dial, log: a.log, notices: &a.notices,
+	})
+	a.mu.stream, a.mu.driver, a.mu.err = s, src.driver, nil
+	p := a.mu.assigned
+	a.mu.Unlock()
+	s.setTags(wantedTags(p, time.Now()))
+	s.setServer(serverOf(p))
+
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		err = s.run(ctx)
+	}()
+	a.until(ctx, w, done)
+	select {
+	case <-done:
+		return err
+	default:
+	}
+	cancel()
+	<-done
+	if errors.Is(err, context.Canceled) {
+		return errReassigned
+	}
+	return err
+}

@@ -1,0 +1,299 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"slices"
+	"sync"
+	"time"
+
+	"farside/internal/capture"
+	"farside/internal/dr"
+	"farside/internal/frame"
+	"farside/internal/link"
+)
+
+// server is a process server and where it may be found.
+type server struct {
+	node  string   // its id; "" if any will do
+	addrs []string // in the order to try
+}
+
+// dialer connects to a process server at one of its addresses.
+type dialer func(ctx context.Context, node, addr string) (net.Conn, error)
+
+// stream is the running replication of one machine: a replicator and a link,
+// each in a goroutine of run. Its methods are safe for concurrent use.
+type stream struct {
+	machine  dr.MachineID
+	timeline dr.Timeline
+	first    Reason // of the sync if the far side holds something already
+	src      capture.Source
+	out      *outbox
+	rep      *replicator // belongs to the goroutine that steps it
+	dial     dialer
+	log      *slog.Logger
+	notices  *chronicle // outlives the stream
+
+	mu struct {
+		sync.Mutex
+		server    server
+		serverNew chan struct{} // closed and replaced when server is
+		tags      []dr.Tag
+		tagsNew   bool
+		status    status
+		connected string
+		linkErr   error
+	}
+}
+
+// streamConfig is what a stream needs to begin.
+type streamConfig struct {
+	machine  dr.MachineID
+	timeline dr.Timeline
+	first    Reason
+	used     bool // events of the source were taken over before
+	tune     tuning
+	dial     dialer
+	log      *slog.Logger
+	notices  *chronicle
+}
+
+func newStream(src capture.Source, c streamConfig) *stream {
+	s := &stream{
+		machine: c.machine, timeline: c.timeline, first: c.first,
+		src: src, out: newOutbox(), dial: c.dial, log: c.log, notices: c.notices,
+	}
+	s.rep = newReplicator(src, s.out, c.tune)
+	s.rep.stats.consumed = c.used
+	s.mu.serverNew = make(chan struct{})
+	s.mu.status = s.rep.status()
+	return s
+}
+
+// run replicates until ctx ends or nothing more can be done: an error that
+// wraps dr.ErrTimeline means that the machine was told to stand down.
+func (s *stream) run(ctx context.Context) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	var wg sync.WaitGroup
+	for _, part := range []func(context.Context) error{s.replicate, s.keepLink} {
+		wg.Go(func() { cancel(part(ctx)) })
+	}
+	wg.Wait()
+	err := context.Cause(ctx)
+	if errors.Is(err, dr.ErrTimeline) {
+		s.publish(time.Now(), true)
+	}
+	return err
+}
+
+// publishEvery is how stale a status may be.
+const publishEvery = 100 * time.Millisecond
+
+// replicate steps the replicator.
+func (s *stream) replicate(ctx context.Context) error {
+	var published time.Time
+	for ctx.Err() == nil {
+		changed := s.out.watch()
+		s.passTags()
+		now := time.Now()
+		pause, err := s.rep.step(ctx, now, s.rep.tune.wait)
+		if now.Sub(published) >= publishEvery || err != nil {
+			published = now
+			s.publish(now, false)
+		}
+		if err != nil {
+			return err
+		}
+		if pause > 0 {
+			sleep(ctx, pause, changed)
+		}
+	}
+	return ctx.Err()
+}
+
+// sleep waits for d, for ctx to end, or for wake.
+func sleep(ctx context.Context, d time.Duration, wake <-chan struct{}) {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+	case <-ctx.Done():
+	case <-wake:
+	}
+}
+
+// passTags hands the wanted tags to the replicator if they are new.
+func (s *stream) passTags() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.mu.tagsNew {
+		s.mu.tagsNew = false
+		s.rep.tags.set(s.mu.tags)
+	}
+}
+
+// publish makes the replicator's status visible and notes what changed.
+func (s *stream) publish(now time.Time, fenced bool) {
+	st := s.rep.status()
+	if fenced {
+		st.phase = Fenced
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, n := range steps(&s.mu.status, &st, now) {
+		s.notices.add(n)
+		s.log.Info(n.text, "code", n.code)
+	}
+	s.mu.status = st
+}
+
+// setTags replaces the tags that are wanted.
+func (s *stream) setTags(ts []dr.Tag) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.mu.tags, s.mu.tagsNew = ts, true
+}
+
+// setServer says where the frames go. A link that stands elsewhere is given up;
+// the stream goes on where the new receiver stands.
+func (s *stream) setServer(v server) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if v.node == s.mu.server.node && slices.Equal(v.addrs, s.mu.server.addrs) {
+		return
+	}
+	s.mu.server = v
+	close(s.mu.serverNew)
+	s.mu.serverNew = make(chan struct{})
+}
+
+func (s *stream) server() (server, <-chan struct{}) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.mu.server, s.mu.serverNew
+}
+
+// noteLink notes the address of the link that stands, or why none does, and
+// reports whether one stood before.
+func (s *stream) noteLink(connected string, err error) (before bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	before = s.mu.connected != ""
+	s.mu.connected, s.mu.linkErr = connected, err
+	return before
+}
+
+// source gives the frames of a stream to a link.
+type source struct {
+	*stream
+	addr string
+}
+
+var _ link.Source = source{}
+
+// Resume makes the outbox go on from where the receiver stands.
+func (s source) Resume(c frame.Cursor, durable dr.Seq) error {
+	switch {
+	case c.Position.Timeline > s.timeline:
+		return fmt.Errorf("receiver is on timeline %d, this machine on %d: %w", c.Position.Timeline, s.timeline, dr.ErrTimeline)
+	case c.Position.Timeline < s.timeline:
+		return fmt.Errorf("receiver is on timeline %d still, this machine on %d: %w", c.Position.Timeline, s.timeline, dr.ErrUnavailable)
+	}
+	first := s.first
+	if c.Position.Seq == 0 {
+		first = ReasonInitial
+	}
+	s.out.resume(c, durable, first)
+	s.noteLink(s.addr, nil)
+	return nil
+}
+
+// Next implements link.Source.
+func (s source) Next(ctx context.Context) ([]byte, error) { return s.out.next(ctx) }
+
+// Acked implements link.Source.
+func (s source) Acked(a link.Ack) { s.out.acked(a.Stored, a.Durable, time.Now()) }
+
+// The pauses between two attempts to connect.
+const (
+	minRetry = 200 * time.Millisecond
+	maxRetry = 5 * time.Second
+)
+
+// keepLink keeps a connection to the process server.
+func (s *stream) keepLink(ctx context.Context) error {
+	for try, pause := 0, minRetry; ctx.Err() == nil; try++ {
+		to, changed := s.server()
+		if len(to.addrs) == 0 {
+			sleep(ctx, maxRetry, changed)
+			continue
+		}
+		addr := to.addrs[try%len(to.addrs)]
+		err := s.oneLink(ctx, to.node, addr, changed)
+		if errors.Is(err, dr.ErrTimeline) {
+			return err
+		}
+		if s.noteLink("", err) {
+			pause = minRetry
+		}
+		if ctx.Err() == nil {
+			s.log.Debug("link ended", "address", addr, "error", err, "pause", pause)
+			sleep(ctx, pause, changed)
+			pause = min(2*pause, maxRetry)
+		}
+	}
+	return ctx.Err()
+}
+
+// oneLink runs the link until it breaks or the server changes.
+func (s *stream) oneLink(ctx context.Context, node, addr string, changed <-chan struct{}) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	done := make(chan error, 1)
+	go func() { done <- s.send(ctx, node, addr) }()
+	select {
+	case err := <-done:
+		return err
+	case <-changed:
+		cancel()
+		return <-done
+	}
+}
+
+// dialTimeout bounds one attempt to connect.
+const dialTimeout = 10 * time.Second
+
+func (s *stream) send(ctx context.Context, node, addr string) error {
+	short, cancel := context.WithTimeout(ctx, dialTimeout)
+	defer cancel()
+	conn, err := s.dial(short, node, addr)
+	if err != nil {
+		return err
+	}
+	return link.Send(ctx, conn, link.SenderOptions{
+		Hello:  link.Hello{Machine: s.machine, Timeline: s.timeline},
+		Source: source{s, addr}, Window: s.rep.tune.memory,
+	})
+}
+
+// snapshot is what a stream reports.
+type snapshot struct {
+	status
+	delivery
+	connected string
+	linkErr   error
+}
+
+func (s *stream) snapshot(now time.Time) snapshot {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return snapshot{
+		status: s.mu.status, delivery: s.out.delivery(now, s.mu.status.phase == Exact),
+		connected: s.mu.connected, linkErr: s.mu.linkErr,
+	}
+}
