@@ -6,10 +6,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
-	"net"
 	"net/http"
-	"slices"
-	"sync/atomic"
 	"time"
 
 	"connectrpc.com/connect"
@@ -40,9 +37,8 @@ func NewClient(c Context) (*Client, error) {
 	if err != nil {
 		return nil, err
 	}
-	d := &dialer{servers: slices.Clone(c.Servers)}
 	transport := &http.Transport{
-		DialContext:           d.dial,
+		DialContext:           NewDialer(c.Servers...).Dial,
 		TLSClientConfig:       tlsConfig(roots),
 		TLSHandshakeTimeout:   10 * time.Second,
 		ForceAttemptHTTP2:     true,
@@ -51,8 +47,7 @@ func NewClient(c Context) (*Client, error) {
 		ExpectContinueTimeout: time.Second,
 	}
 	h := &http.Client{Transport: transport}
-	// The host in the URL is a name for people: the dialer knows the addresses.
-	service := farsidev1connect.NewFarsideServiceClient(h, "https://config-server",
+	service := farsidev1connect.NewFarsideServiceClient(h, BaseURL,
 		connect.WithInterceptors(bearer(c.Token)), connect.WithReadMaxBytes(maxMessage))
 	return &Client{FarsideServiceClient: service, http: h}, nil
 }
@@ -85,26 +80,6 @@ func tlsConfig(roots *x509.CertPool) *tls.Config {
 			return errors.New("verify configuration server: its certificate is not one of a configuration server")
 		},
 	}
-}
-
-// dialer connects to the first server that answers, beginning with the last that did.
-type dialer struct {
-	servers []string
-	good    atomic.Int32
-}
-
-func (d *dialer) dial(ctx context.Context, network, _ string) (net.Conn, error) {
-	var errs []error
-	for i := range d.servers {
-		n := (int(d.good.Load()) + i) % len(d.servers)
-		c, err := (&net.Dialer{Timeout: 5 * time.Second}).DialContext(ctx, network, d.servers[n])
-		if err == nil {
-			d.good.Store(int32(n))
-			return c, nil
-		}
-		errs = append(errs, err)
-	}
-	return nil, errors.Join(errs...)
 }
 
 // bearer adds a token to every call.

@@ -10,6 +10,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync/atomic"
 	"time"
 
@@ -117,6 +118,16 @@ func (id *Identity) Peer() Peer { return id.cur.Load().peer }
 
 // Authorities returns the certificates, in DER, that the identity trusts.
 func (id *Identity) Authorities() [][]byte { return id.cur.Load().authorities }
+
+// Names returns the host names and addresses in the certificate.
+func (id *Identity) Names() []string {
+	leaf := id.cur.Load().leaf
+	names := slices.Clone(leaf.DNSNames)
+	for _, ip := range leaf.IPAddresses {
+		names = append(names, ip.String())
+	}
+	return names
+}
 
 // Issued returns when the certificate was issued.
 func (id *Identity) Issued() time.Time { return id.cur.Load().leaf.NotBefore.Add(backdate) }

@@ -113,11 +113,12 @@ func (c *Conn) Peer() Peer { return c.peer }
 // server did not take its certificate: that error wraps dr.ErrDenied.
 func (c *Conn) Read(p []byte) (int, error) {
 	n, err := c.Conn.Read(p)
-	return n, explainAlert(err)
+	return n, ExplainAlert(err)
 }
 
-// explainAlert marks the alert of a peer that refuses us.
-func explainAlert(err error) error {
+// ExplainAlert has the alert by which a peer refuses this node's certificate wrap
+// dr.ErrDenied; it returns any other error as it is.
+func ExplainAlert(err error) error {
 	var op *net.OpError
 	if errors.As(err, &op) && op.Op == "remote error" {
 		return fmt.Errorf("peer refuses this node's certificate: %w: %w", dr.ErrDenied, err)
