@@ -36,6 +36,7 @@ type agent struct {
 	dial   dialer
 	memory int64
 	log    *slog.Logger
+	news   func() // called when something happened that people wait for
 
 	notices chronicle
 	mu      struct {
@@ -50,7 +51,7 @@ type agent struct {
 }
 
 func newAgent(open opener, dial dialer, memory int64, log *slog.Logger) *agent {
-	a := &agent{open: open, dial: dial, memory: memory, log: log}
+	a := &agent{open: open, dial: dial, memory: memory, log: log, news: func() {}}
 	a.mu.changed = make(chan struct{})
 	a.mu.phase = pb.Phase_PHASE_IDLE
 	return a
@@ -167,6 +168,7 @@ func (a *agent) rest(phase pb.Phase, err error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.mu.stream, a.mu.phase, a.mu.err = nil, phase, err
+	a.news()
 }
 
 // afterwards waits for the right moment to begin anew after a stream ended.
@@ -218,7 +220,7 @@ func (a *agent) replicate(ctx context.Context, w *work, first Reason) (err error
 	a.mu.Lock()
 	s := newStream(src, streamConfig{
 		machine: w.machine, timeline: w.timeline, first: first, used: src.used, tune: tune,
-		dial: a.dial, log: a.log, notices: &a.notices,
+		dial: a.dial, log: a.log, notices: &a.notices, news: a.news,
 	})
 	a.mu.stream, a.mu.driver, a.mu.err = s, src.driver, nil
 	p := a.mu.assigned

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -19,10 +20,32 @@ import (
 type lab struct {
 	*agent
 	server  *fakeServer
-	mem     *capturetest.Mem // the one that was opened last
+	machine dr.MachineID
+	lock    sync.Mutex
+	last    *capturetest.Mem // the one that was opened last
 	opens   int
 	failing error
-	machine dr.MachineID
+}
+
+// mem returns the capture that runs.
+func (l *lab) mem() *capturetest.Mem {
+	l.lock.Lock()
+	defer l.lock.Unlock()
+	return l.last
+}
+
+// opened returns how often a capture was opened.
+func (l *lab) opened() int {
+	l.lock.Lock()
+	defer l.lock.Unlock()
+	return l.opens
+}
+
+// fail lets opening a capture fail, or work again.
+func (l *lab) fail(err error) {
+	l.lock.Lock()
+	defer l.lock.Unlock()
+	l.failing = err
 }
 
 func newLab(t *testing.T) *lab {
@@ -33,18 +56,20 @@ func newLab(t *testing.T) *lab {
 }
 
 func (l *lab) open(disks []capture.Disk, driver string, _ int64) (opened, error) {
+	l.lock.Lock()
+	defer l.lock.Unlock()
 	l.opens++
 	if l.failing != nil {
 		return opened{}, l.failing
 	}
-	old := l.mem
-	l.mem = capturetest.NewMem(disks...)
+	old := l.last
+	l.last = capturetest.NewMem(disks...)
 	if old != nil {
 		for _, d := range disks {
-			l.mem.SetImage(d.ID, old.Image(d.ID))
+			l.last.SetImage(d.ID, old.Image(d.ID))
 		}
 	}
-	return opened{Source: l.mem, driver: "mem" + driver}, nil
+	return opened{Source: l.last, driver: "mem" + driver}, nil
 }
 
 func (l *lab) assignment(change func(*pb.AgentAssignment)) *pb.AgentAssignment {
@@ -98,7 +123,7 @@ func TestAgentLife(t *testing.T) {
 
 		l.assign(l.assignment(nil))
 		time.Sleep(time.Second)
-		l.mem.Write(1, 512, sector(1))
+		l.mem().Write(1, 512, sector(1))
 		time.Sleep(time.Second)
 		r := l.expect(t, "replicating", pb.Phase_PHASE_EXACT)
 		if !r.GetRpo().GetKnown() || r.GetRpo().GetSamples() != 1 || r.GetConnectedTo() != "ps:1" || len(r.GetDisks()) != 2 ||
@@ -112,15 +137,15 @@ func TestAgentLife(t *testing.T) {
 
 		l.assign(l.assignment(func(p *pb.AgentAssignment) { p.ProcessServer.Addresses = []string{"ps:2"} }))
 		time.Sleep(time.Second)
-		if r := l.expect(t, "moved", pb.Phase_PHASE_EXACT); r.GetConnectedTo() != "ps:2" || l.opens != 1 {
-			t.Errorf("connected to %q, opened %d times", r.GetConnectedTo(), l.opens)
+		if r := l.expect(t, "moved", pb.Phase_PHASE_EXACT); r.GetConnectedTo() != "ps:2" || l.opened() != 1 {
+			t.Errorf("connected to %q, opened %d times", r.GetConnectedTo(), l.opened())
 		}
 
 		l.assign(l.assignment(func(p *pb.AgentAssignment) { p.Disks = p.Disks[:1] }))
 		time.Sleep(2 * time.Second)
 		r = l.expect(t, "other disks", pb.Phase_PHASE_EXACT)
-		if len(r.GetDisks()) != 1 || l.opens != 2 || r.GetEvents()[len(r.GetEvents())-2].GetCode() != string(ReasonReopened) {
-			t.Errorf("opened %d times; %v", l.opens, r)
+		if len(r.GetDisks()) != 1 || l.opened() != 2 || r.GetEvents()[len(r.GetEvents())-2].GetCode() != string(ReasonReopened) {
+			t.Errorf("opened %d times; %v", l.opened(), r)
 		}
 
 		l.assign(l.assignment(func(p *pb.AgentAssignment) { p.Disks = nil }))
@@ -135,16 +160,16 @@ func TestAgentLife(t *testing.T) {
 
 func TestAgentRetriesCapture(t *testing.T) {
 	play(t, func(l *lab) {
-		l.failing = fmt.Errorf("open: %w", dr.ErrUnsupported)
+		l.fail(fmt.Errorf("open: %w", dr.ErrUnsupported))
 		l.assign(l.assignment(nil))
 		time.Sleep(20 * time.Second)
-		if r := l.expect(t, "capture fails", pb.Phase_PHASE_FAILED); r.GetError() == "" || l.opens < 3 || l.opens > 6 {
-			t.Errorf("error %q after %d attempts", r.GetError(), l.opens)
+		if r := l.expect(t, "capture fails", pb.Phase_PHASE_FAILED); r.GetError() == "" || l.opened() < 3 || l.opened() > 6 {
+			t.Errorf("error %q after %d attempts", r.GetError(), l.opened())
 		}
-		l.failing = nil
+		l.fail(nil)
 		time.Sleep(10 * time.Second)
 		l.expect(t, "capture works", pb.Phase_PHASE_EXACT)
-		if err := l.mem.Close(); err != nil { // the capture dies
+		if err := l.mem().Close(); err != nil { // the capture dies
 			t.Fatal(err)
 		}
 		time.Sleep(20 * time.Second)
@@ -160,8 +185,8 @@ func TestAgentFenced(t *testing.T) {
 		l.server.hangUp()
 		time.Sleep(time.Minute)
 		r := l.expect(t, "old timeline", pb.Phase_PHASE_FENCED)
-		if n := len(r.GetEvents()); l.opens != 1 || r.GetEvents()[n-1].GetCode() != "fenced" {
-			t.Errorf("opened %d times, events %v", l.opens, r.GetEvents())
+		if n := len(r.GetEvents()); l.opened() != 1 || r.GetEvents()[n-1].GetCode() != "fenced" {
+			t.Errorf("opened %d times, events %v", l.opened(), r.GetEvents())
 		}
 		l.assign(l.assignment(func(p *pb.AgentAssignment) { p.Timeline = 2 }))
 		time.Sleep(10 * time.Second)

@@ -17,12 +17,9 @@ import (
 // Config is the agent's configuration file. What is replicated is not in it:
 // the configuration server says that.
 type Config struct {
-	// Data is the directory of the agent's identity. It must exist once the
-	// agent has joined.
+	// Data is the directory that joining made: the agent's identity, and what
+	// the configuration server said last.
 	Data string `yaml:"data"`
-	// ConfigServers are host:port of the configuration servers. Empty: those that
-	// the agent was told when it joined.
-	ConfigServers []string `yaml:"config_servers"`
 	// Memory bounds the frames that wait for the process server. At least 32 MiB;
 	// default 64 MiB.
 	Memory Size `yaml:"memory"`
@@ -32,6 +29,8 @@ type Config struct {
 	LoopDevices bool `yaml:"loop_devices"`
 	// Disks are paths that are offered for protection besides those found.
 	Disks []string `yaml:"disks"`
+	// Version is the program's, for reports; the program sets it.
+	Version string `yaml:"-"`
 }
 
 // CaptureConfig chooses and sets the capture driver.

@@ -14,7 +14,6 @@ import (
 func TestParseConfig(t *testing.T) {
 	got, err := ParseConfig([]byte(`
 data: /var/lib/farside
-config_servers: [a:7000, "b:7000"]
 memory: 128MiB
 capture:
   driver: tap
@@ -26,7 +25,7 @@ loop_devices: true
 disks: [/srv/two.img]
 `))
 	want := Config{
-		Data: "/var/lib/farside", ConfigServers: []string{"a:7000", "b:7000"}, Memory: 128 << 20,
+		Data: "/var/lib/farside", Memory: 128 << 20,
 		Capture: CaptureConfig{
 			Driver: "tap", Ring: 4 << 20,
 			Tap: TapConfig{Socket: "/run/tap.sock", Disks: []TapDisk{{"one", "/srv/one.img"}}},

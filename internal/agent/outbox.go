@@ -180,6 +180,13 @@ func (o *outbox) acked(stored, durable dr.Seq, now time.Time) {
 	o.notifyLocked()
 }
 
+// durable returns the newest sequence number that is durable on the far side.
+func (o *outbox) durable() dr.Seq {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.mu.durable
+}
+
 func (o *outbox) freeLocked(n int) {
 	if n == 0 {
 		return

@@ -37,6 +37,7 @@ type stream struct {
 	dial     dialer
 	log      *slog.Logger
 	notices  *chronicle // outlives the stream
+	news     func()     // called when something happened that people wait for
 
 	mu struct {
 		sync.Mutex
@@ -45,6 +46,7 @@ type stream struct {
 		tags      []dr.Tag
 		tagsNew   bool
 		status    status
+		safeTags  int
 		connected string
 		linkErr   error
 	}
@@ -60,12 +62,13 @@ type streamConfig struct {
 	dial     dialer
 	log      *slog.Logger
 	notices  *chronicle
+	news     func()
 }
 
 func newStream(src capture.Source, c streamConfig) *stream {
 	s := &stream{
 		machine: c.machine, timeline: c.timeline, first: c.first,
-		src: src, out: newOutbox(), dial: c.dial, log: c.log, notices: c.notices,
+		src: src, out: newOutbox(), dial: c.dial, log: c.log, notices: c.notices, news: c.news,
 	}
 	s.rep = newReplicator(src, s.out, c.tune)
 	s.rep.stats.consumed = c.used
@@ -143,13 +146,29 @@ func (s *stream) publish(now time.Time, fenced bool) {
 	if fenced {
 		st.phase = Fenced
 	}
+	safe := s.safeTags(&st)
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for _, n := range steps(&s.mu.status, &st, now) {
+	news := steps(&s.mu.status, &st, now)
+	for _, n := range news {
 		s.notices.add(n)
 		s.log.Info(n.text, "code", n.code)
 	}
-	s.mu.status = st
+	if len(news) > 0 || safe != s.mu.safeTags {
+		s.news()
+	}
+	s.mu.status, s.mu.safeTags = st, safe
+}
+
+// safeTags counts the tags that are durable on the far side.
+func (s *stream) safeTags(st *status) (n int) {
+	durable := s.out.durable()
+	for _, at := range st.placed {
+		if at.Seq <= durable {
+			n++
+		}
+	}
+	return n
 }
 
 // setTags replaces the tags that are wanted.

@@ -37,7 +37,7 @@ func startStream(t *testing.T, mem *capturetest.Mem, f *fakeServer, change ...fu
 	}
 	s = newStream(mem, streamConfig{
 		machine: f.Cursor().Machine, timeline: 1, first: ReasonRestart, tune: tune,
-		dial: f.dial, log: slog.New(slog.DiscardHandler), notices: &chronicle{},
+		dial: f.dial, log: slog.New(slog.DiscardHandler), notices: &chronicle{}, news: func() {},
 	})
 	s.setServer(server{addrs: []string{"server"}})
 	ctx, cancel := context.WithCancel(t.Context())

@@ -1,0 +1,107 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"net"
+	"os"
+	"sync"
+	"time"
+
+	pb "farside/internal/api/farside/v1"
+	"farside/internal/control"
+	"farside/internal/dr"
+	"farside/internal/transport"
+)
+
+const (
+	reportEvery   = 5 * time.Second
+	discoverEvery = 30 * time.Second
+)
+
+// Run is the agent: it does what the configuration server assigns until ctx
+// ends, and then returns nil. Errors wrap dr.ErrNotFound if the node has not
+// joined, and dr.ErrInvalid if it joined as something else.
+func Run(ctx context.Context, c Config, log *slog.Logger) (err error) {
+	client, err := control.Open(control.Options{DataDir: c.Data, Version: c.Version, Log: log})
+	if err != nil {
+		return fmt.Errorf("start agent: %w", err)
+	}
+	defer client.Close()
+	if role := client.Identity().Peer().Role; role != transport.RoleAgent {
+		return fmt.Errorf("start agent: %s is the data directory of a %s: %w", c.Data, role, dr.ErrInvalid)
+	}
+	d, err := openDrivers(c.Capture)
+	if err != nil {
+		return fmt.Errorf("start agent: %w", err)
+	}
+	defer func() { err = errors.Join(err, d.Close()) }()
+
+	a := newAgent(d.open, dialAs(client.Identity()), int64(c.Memory), log)
+	a.news = client.ReportSoon
+	r := &reporter{agent: a, machine: client.Identity().Peer().Machine, root: os.DirFS("/"), want: wantedOf(c)}
+	var wg sync.WaitGroup
+	for _, part := range []func() error{
+		func() error {
+			return client.Watch(ctx, func(w *pb.Assignment) { a.assign(w.GetAgent()) })
+		},
+		func() error { return client.Report(ctx, r.report, reportEvery) },
+		func() error { return a.run(ctx) },
+	} {
+		wg.Go(func() {
+			if err := part(); err != nil && ctx.Err() == nil {
+				log.Error("part of the agent ended", "error", err) // none does before ctx ends
+			}
+		})
+	}
+	wg.Wait()
+	return nil
+}
+
+// dialAs returns a dialer that proves to be id and wants to find the process
+// server that it was told to.
+func dialAs(id *transport.Identity) dialer {
+	return func(ctx context.Context, node, addr string) (net.Conn, error) {
+		want := transport.Peer{Role: transport.RoleProcessServer}
+		if node != "" {
+			n, err := dr.ParseNodeID(node)
+			if err != nil {
+				return nil, fmt.Errorf("dial process server: %w", err)
+			}
+			want.Node = n
+		}
+		return id.DialPeer(ctx, addr, want)
+	}
+}
+
+func wantedOf(c Config) wanted {
+	w := wanted{loops: c.LoopDevices, paths: c.Disks}
+	for _, t := range c.Capture.Tap.Disks {
+		w.paths = append(w.paths, t.Path)
+	}
+	return w
+}
+
+// reporter makes the agent's reports. It belongs to one goroutine.
+type reporter struct {
+	agent   *agent
+	machine dr.MachineID
+	root    fs.FS
+	want    wanted
+
+	disks   []*pb.DiscoveredDisk
+	scanned time.Time
+}
+
+func (r *reporter) report() *pb.Report {
+	now := time.Now()
+	if now.Sub(r.scanned) >= discoverEvery {
+		r.disks, r.scanned = discovered(discover(r.root, r.want)), now
+	}
+	a := r.agent.report(now)
+	a.MachineId, a.Discovered = r.machine.String(), r.disks
+	return &pb.Report{Work: &pb.Report_Agent{Agent: a}}
+}
