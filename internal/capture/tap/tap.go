@@ -51,6 +51,7 @@ type Tap struct {
 		inflight map[uint64]int // changes not yet on the backing, by the mode at their start
 		stats    capture.Stats
 		seen     []capture.DiskStats
+		lostDue  int           // how many Lost wait in the queue
 		landed   chan struct{} // closed and replaced when a stale change has landed
 		over     bool
 	}
@@ -117,7 +118,7 @@ func (t *Tap) submit(disk int, x dr.Extent, what dr.What, data []byte) (pending,
 		t.mu.Unlock()
 		return pending{}, errClosed
 	}
-	if what == dr.Data {
+	if what != dr.Discard {
 		t.mu.seen[disk].SeenWrites++
 		t.mu.seen[disk].SeenBytes += uint64(x.Length)
 	}
@@ -178,6 +179,7 @@ func (t *Tap) overflowLocked() {
 	t.mu.mode++
 	t.mu.stats.Overflows++
 	if s := t.mu.queue.push(capture.Event{Kind: capture.Lost, Time: t.clock()}, 0, true); s != nil {
+		t.mu.lostDue++
 		s.ready.Store(true)
 	}
 	t.signal()
@@ -190,7 +192,7 @@ func (t *Tap) land(disk int, w pending, what dr.What, err error) {
 	if t.mu.inflight[w.mode]--; t.mu.inflight[w.mode] == 0 {
 		delete(t.mu.inflight, w.mode)
 	}
-	if what == dr.Data {
+	if what != dr.Discard {
 		t.mu.seen[disk].KernelBytes += uint64(w.extent.Length)
 	}
 	if err != nil {
@@ -267,6 +269,9 @@ func (t *Tap) batch(fn func(capture.Event) error) (n int, err error) {
 		size += len(s.ev.Data)
 		err = fn(s.ev)
 		t.mu.Lock()
+		if s.ev.Kind == capture.Lost {
+			t.mu.lostDue--
+		}
 		t.mu.queue.pop()
 		t.mu.Unlock()
 	}
@@ -324,7 +329,14 @@ func (t *Tap) settledLocked() bool {
 func (t *Tap) Mark(x dr.Extent) error { return t.dirty.Mark(x) }
 
 // TakeDirty implements capture.DirtySet.
-func (t *Tap) TakeDirty(limit int64) ([]dr.Extent, error) { return t.dirty.Take(limit), nil }
+func (t *Tap) TakeDirty(limit int64) ([]dr.Extent, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.mu.lostDue > 0 {
+		return nil, nil
+	}
+	return t.dirty.Take(limit), nil
+}
 
 // Dirty implements capture.DirtySet.
 func (t *Tap) Dirty() (int64, error) { return t.dirty.Dirty(), nil }
