@@ -91,3 +91,10 @@ func FuzzParseConfig(f *testing.F) {
 		}
 	})
 }
+
+func TestSampleConfig(t *testing.T) {
+	c, err := LoadConfig("../../docs/configuration/agent.yaml")
+	if err != nil || c.Capture.Ring != 128<<20 || c.Memory != 64<<20 {
+		t.Errorf("sample: %+v, %v", c, err)
+	}
+}
