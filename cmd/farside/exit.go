@@ -68,6 +68,11 @@ func withHint(err error, format string, args ...any) error {
 	return hinted{err, fmt.Sprintf(format, args...)}
 }
 
+// exitCode is an error that another process has reported already; only its exit code is passed on.
+type exitCode int
+
+func (e exitCode) Error() string { return fmt.Sprintf("exit code %d", int(e)) }
+
 // classify returns exit code and hint.
 func classify(err error) (int, string) {
 	if err == nil {
@@ -91,6 +96,10 @@ func classify(err error) (int, string) {
 func (a *app) report(ctx context.Context, err error) int {
 	if err != nil && !a.started {
 		err = usage{err}
+	}
+	var passed exitCode
+	if errors.As(err, &passed) {
+		return int(passed)
 	}
 	code, hint := classify(err)
 	if code == exitOK {

@@ -2,17 +2,21 @@ package main
 
 import (
 	"cmp"
+	"context"
 	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
 	"os"
+	"path/filepath"
 	"time"
 
 	"github.com/spf13/cobra"
 
 	"farside/internal/dr"
 	"farside/internal/frame"
+	"farside/internal/segment"
+	"farside/internal/vfs"
 )
 
 // inspected is what inspect says of a file.
@@ -20,6 +24,7 @@ type inspected struct {
 	File   string      `json:"file"`
 	Format string      `json:"format"` // "frames" or "segment"
 	Sealed *bool       `json:"sealed,omitempty"`
+	Torn   int64       `json:"torn_bytes,omitempty"` // behind the last whole frame of a segment
 	Frames []frameInfo `json:"frames"`
 	Error  string      `json:"error,omitempty"` // the first fault, if any
 }
@@ -73,8 +78,8 @@ func newInspect(a *app) *cobra.Command {
 positions, times, sizes, tags. It verifies checksums, continuity and the hash chain;
 the exit code is 5 if something is wrong with them.`,
 		Args: cobra.ExactArgs(1),
-		RunE: func(_ *cobra.Command, args []string) error {
-			info, err := inspectFile(args[0], extents)
+		RunE: func(cmd *cobra.Command, args []string) error {
+			info, err := inspectFile(cmd.Context(), args[0], extents)
 			if info == nil {
 				return err
 			}
@@ -89,7 +94,7 @@ the exit code is 5 if something is wrong with them.`,
 }
 
 // inspectFile returns as much as could be read, and the first fault.
-func inspectFile(path string, extents bool) (*inspected, error) {
+func inspectFile(ctx context.Context, path string, extents bool) (*inspected, error) {
 	f, err := os.Open(path)
 	if err != nil {
 		return nil, fmt.Errorf("inspect: %w", err)
@@ -103,8 +108,38 @@ func inspectFile(path string, extents bool) (*inspected, error) {
 	case "FSFR":
 		info := &inspected{File: path, Format: "frames"}
 		return info, info.readFrames(f, extents)
+	case "FSSG":
+		info := &inspected{File: path, Format: "segment"}
+		return info, info.readSegment(ctx, extents)
 	}
 	return nil, fmt.Errorf("inspect %s: magic %q is of no format of farside: %w", path, magic[:], dr.ErrCorrupt)
+}
+
+// readSegment reads the frames of a segment and then has the segment prove itself.
+func (in *inspected) readSegment(ctx context.Context, extents bool) error {
+	r, err := segment.Open(vfs.OS(), filepath.Dir(in.File), filepath.Base(in.File))
+	if err != nil {
+		return fmt.Errorf("inspect: %w", err)
+	}
+	defer r.Close()
+	sealed := r.Sealed()
+	in.Sealed, in.Torn = &sealed, r.Torn()
+	v := verifier{cursor: r.Start(), known: true}
+	var first error
+	for _, e := range r.Entries() {
+		f, err := r.Frame(e.Off)
+		if err != nil {
+			return cmp.Or(first, fmt.Errorf("inspect: %w", err))
+		}
+		first = cmp.Or(first, in.add(e.Off, f, &v, extents))
+	}
+	if first != nil {
+		return first
+	}
+	if err := r.Check(ctx); err != nil {
+		return fmt.Errorf("inspect: %w", err)
+	}
+	return nil
 }
 
 // readFrames reads frames back to back until the end of f or the first frame whose end is not known.
@@ -219,6 +254,9 @@ func (in *inspected) human(w io.Writer) {
 	fmt.Fprintf(w, "%s: %s, %d frames", in.File, in.Format, len(in.Frames))
 	if in.Sealed != nil {
 		fmt.Fprintf(w, ", %s", map[bool]string{true: "sealed", false: "not sealed"}[*in.Sealed])
+	}
+	if in.Torn > 0 {
+		fmt.Fprintf(w, ", %d bytes of no use at the end", in.Torn)
 	}
 	fmt.Fprintln(w)
 	if len(in.Frames) > 0 {

@@ -24,15 +24,22 @@ func TestScripts(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	segments, err := filepath.Abs("../../internal/segment/testdata")
+	if err != nil {
+		t.Fatal(err)
+	}
 	testscript.Run(t, testscript.Params{
 		Dir: "testdata/script",
 		Setup: func(env *testscript.Env) error {
 			env.Setenv("FRAMES", frames)
+			env.Setenv("SEGMENTS", segments)
 			return nil
 		},
 		Cmds: map[string]func(ts *testscript.TestScript, neg bool, args []string){
 			"exits": exits,
 			"flip":  flip,
+			"join":  join,
+			"cut":   cut,
 		},
 	})
 }
@@ -68,6 +75,25 @@ func flip(ts *testscript.TestScript, _ bool, args []string) {
 	}
 	b[off] ^= 0xff
 	ts.Check(os.WriteFile(path, b, 0o644))
+}
+
+// join OUT FILE...: makes OUT of the contents of files.
+func join(ts *testscript.TestScript, _ bool, args []string) {
+	var all []byte
+	for _, name := range args[1:] {
+		b, err := os.ReadFile(ts.MkAbs(name))
+		ts.Check(err)
+		all = append(all, b...)
+	}
+	ts.Check(os.WriteFile(ts.MkAbs(args[0]), all, 0o644))
+}
+
+// cut FILE SIZE: cuts a file short.
+func cut(ts *testscript.TestScript, _ bool, args []string) {
+	var n int64
+	_, err := fmt.Sscan(args[1], &n)
+	ts.Check(err)
+	ts.Check(os.Truncate(ts.MkAbs(args[0]), n))
 }
 
 func TestExitCodes(t *testing.T) {

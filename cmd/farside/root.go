@@ -26,11 +26,14 @@ Start with "farside demo". Exit codes: 0 done, 1 failed, 2 wrong usage or input,
 	root.PersistentFlags().BoolVar(&a.json, "json", false, "print JSON for programs")
 	root.PersistentFlags().StringVar(&a.context, "context", "", "file that names the configuration server and holds the token (default $"+api.ContextVariable+")")
 	root.AddCommand(
+		newDemo(a),
 		newMachine(a),
 		newPoint(a),
 		newView(a),
 		newNode(a),
 		newToken(a),
+		newJoin(a),
+		newCheck(a),
 		newInspect(a),
 		newVersion(a),
 	)

@@ -17,6 +17,7 @@ type memory struct {
 }
 
 func (m *memory) ReadAt(p []byte, off int64) (int, error) { return bytes.NewReader(m.b).ReadAt(p, off) }
+
 func (m *memory) WriteAt(p []byte, off int64) (int, error) {
 	if off+int64(len(p)) > int64(len(m.b)) {
 		return 0, io.ErrShortWrite

@@ -1,0 +1,156 @@
+package demo
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"farside/internal/api"
+	farsidev1 "farside/internal/api/farside/v1"
+	"farside/internal/dr"
+	"farside/internal/nbd"
+)
+
+// far is the far side as a user sees it: through the API of the configuration server.
+type far struct {
+	c       *api.Client
+	machine string // id of the protected machine
+}
+
+// poll calls done until it says so; an error of done ends it. It gives up after limit, saying what it waited for.
+func poll(ctx context.Context, limit time.Duration, what string, done func(ctx context.Context) (bool, error)) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, limit, fmt.Errorf("%s: not within %v: %w", what, limit, dr.ErrUnavailable))
+	defer cancel()
+	for {
+		ok, err := done(ctx)
+		if ok && err == nil {
+			return nil
+		}
+		if ctx.Err() != nil {
+			return errors.Join(context.Cause(ctx), err)
+		}
+		if err != nil {
+			return fmt.Errorf("%s: %w", what, err)
+		}
+		select {
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-time.After(pollEvery):
+		}
+	}
+}
+
+// pollEvery is how often the demo asks the configuration server for news.
+const pollEvery = 100 * time.Millisecond
+
+// node waits until a node of the role is there and online.
+func (f *far) node(ctx context.Context, role farsidev1.Role) (*farsidev1.Node, error) {
+	var found *farsidev1.Node
+	err := poll(ctx, 30*time.Second, "wait for a "+role.String(), func(ctx context.Context) (bool, error) {
+		r, err := f.c.ListNodes(ctx, &farsidev1.ListNodesRequest{Role: role})
+		if err != nil {
+			return false, err
+		}
+		for _, n := range r.GetNodes() {
+			if n.GetOnline() {
+				found = n
+				return true, nil
+			}
+		}
+		return false, nil
+	})
+	return found, err
+}
+
+// state returns what is known of the machine.
+func (f *far) state(ctx context.Context) (*farsidev1.Machine, error) {
+	r, err := f.c.GetMachine(ctx, &farsidev1.GetMachineRequest{Machine: f.machine})
+	if err != nil {
+		return nil, fmt.Errorf("look at the machine: %w", err)
+	}
+	return r.GetMachine(), nil
+}
+
+// offered waits until the agent offers the disk.
+func (f *far) offered(ctx context.Context, path string) error {
+	return poll(ctx, 15*time.Second, "wait until the agent sees "+path, func(ctx context.Context) (bool, error) {
+		m, err := f.state(ctx)
+		if err != nil {
+			return false, err
+		}
+		for _, d := range m.GetDiscovered() {
+			if d.GetPath() == path && !d.GetProtectable() {
+				return false, fmt.Errorf("%s can't be protected: %s: %w", path, d.GetReason(), dr.ErrUnsupported)
+			}
+			if d.GetPath() == path {
+				return true, nil
+			}
+		}
+		return false, nil
+	})
+}
+
+// protect asks for the replication of the disk.
+func (f *far) protect(ctx context.Context, path, driver string) error {
+	_, err := f.c.ProtectMachine(ctx, &farsidev1.ProtectMachineRequest{
+		Machine: f.machine, DiskPaths: []string{path}, Settings: &farsidev1.AgentSettings{CaptureDriver: driver},
+	})
+	if err != nil {
+		return fmt.Errorf("protect %s: %w", path, err)
+	}
+	return nil
+}
+
+// tag marks the present and returns when the mark is durable on the far side.
+func (f *far) tag(ctx context.Context, name string) (*farsidev1.TagPoint, error) {
+	r, err := f.c.TagPoint(ctx, &farsidev1.TagPointRequest{Machine: f.machine, Name: name, TimeoutMs: 15_000})
+	if err != nil {
+		return nil, fmt.Errorf("tag: %w", err)
+	}
+	return r.GetTag(), nil
+}
+
+// opened is an open view and a connection to its disk.
+type opened struct {
+	view *farsidev1.View
+	disk *nbd.Client
+	uri  string
+}
+
+// open opens a view and connects to its first disk.
+func (f *far) open(ctx context.Context, at *farsidev1.Selector, writable bool) (*opened, error) {
+	r, err := f.c.OpenView(ctx, &farsidev1.OpenViewRequest{Machine: f.machine, Selector: at, Writable: writable, Wait: true, TimeoutMs: 30_000})
+	if err != nil {
+		return nil, fmt.Errorf("open the view: %w", err)
+	}
+	v := r.GetView()
+	s := v.GetStatus()
+	if s.GetState() != farsidev1.ViewState_VIEW_STATE_OPEN || len(s.GetExports()) == 0 {
+		return nil, fmt.Errorf("open the view: it is %v: %s: %w", s.GetState(), s.GetError(), dr.ErrUnavailable)
+	}
+	o := &opened{view: v}
+	for _, uri := range s.GetExports()[0].GetUris() {
+		if strings.HasPrefix(uri, "nbd+unix:") || strings.HasPrefix(uri, "nbd:") {
+			o.uri = uri
+			break
+		}
+	}
+	if o.uri == "" {
+		return nil, fmt.Errorf("open the view: none of %q can be used from here: %w", s.GetExports()[0].GetUris(), dr.ErrUnsupported)
+	}
+	if o.disk, err = nbd.Dial(ctx, o.uri, nil); err != nil {
+		return nil, fmt.Errorf("open the view: %w", err)
+	}
+	return o, nil
+}
+
+// close ends the view and its connection.
+func (f *far) close(ctx context.Context, o *opened) error {
+	err := o.disk.Close()
+	if _, e := f.c.CloseView(ctx, &farsidev1.CloseViewRequest{View: o.view.GetId(), Wait: true, TimeoutMs: 10_000}); e != nil {
+		err = errors.Join(err, fmt.Errorf("close the view: %w", e))
+	}
+	return err
+}
