@@ -67,16 +67,19 @@ func (o *Oracle) repeats(e capture.Event) bool {
 
 // Event accepts the next change of the stream or says what is wrong with it.
 func (o *Oracle) Event(e capture.Event) error {
-	if o.repeats(e) {
-		return nil
-	}
 	if o.next == len(o.log) {
+		if o.repeats(e) {
+			return nil
+		}
 		return fmt.Errorf("change of %v that nobody made", e.Extent)
 	}
 	op := o.log[o.next]
 	due := op.Extent
 	due.Offset, due.Length = due.Offset+o.part, due.Length-o.part
 	if e.Extent.Disk != due.Disk || e.Extent.Offset != due.Offset || e.Extent.Length > due.Length {
+		if o.repeats(e) {
+			return nil
+		}
 		return fmt.Errorf("change of %v, but %v is next", e.Extent, due)
 	}
 	o.put(op, o.part, e.Extent.Length)

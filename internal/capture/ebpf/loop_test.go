@@ -12,6 +12,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -33,7 +34,8 @@ func run(t testing.TB, name string, args ...string) string {
 }
 
 // newLoop makes a loop device over a file in memory; t removes both.
-func newLoop(t testing.TB, size int64) string {
+// args go to losetup.
+func newLoop(t testing.TB, size int64, args ...string) string {
 	t.Helper()
 	testenv.NeedLoop(t)
 	testenv.NeedEBPF(t)
@@ -49,7 +51,13 @@ func newLoop(t testing.TB, size int64) string {
 	if err := os.Truncate(name, size); err != nil {
 		t.Fatal(err)
 	}
-	loop := run(t, "losetup", "--find", "--show", name)
+	return attachLoop(t, name, args...)
+}
+
+// attachLoop makes a loop device over a file; t removes it.
+func attachLoop(t testing.TB, name string, args ...string) string {
+	t.Helper()
+	loop := run(t, "losetup", append(args, "--find", "--show", name)...)
 	t.Cleanup(func() {
 		if out, err := exec.Command("losetup", "--detach", loop).CombinedOutput(); err != nil {
 			t.Errorf("detach %s: %v: %s", loop, err, out)
@@ -136,9 +144,9 @@ func newTarget(t *testing.T, c capturetest.Config) *capturetest.Target {
 	return target
 }
 
-// writers writes random blocks of 0.5 to 64 KiB with several goroutines until stop is
-// called.
-func writers(t *testing.T, d capturetest.Device, size int64, n int) (stop func()) {
+// writers writes random blocks of 0.5 to 64 KiB with n goroutines, which pause after
+// each, until stop is called. Calling stop again is harmless.
+func writers(t *testing.T, d capturetest.Device, size int64, n int, pause time.Duration) (stop func()) {
 	var wg sync.WaitGroup
 	quit := make(chan struct{})
 	for g := range uint64(n) {
@@ -157,8 +165,11 @@ func writers(t *testing.T, d capturetest.Device, size int64, n int) (stop func()
 					t.Error(err)
 					return
 				}
+				time.Sleep(pause)
 			}
 		})
 	}
-	return func() { close(quit); wg.Wait() }
+	stop = sync.OnceFunc(func() { close(quit); wg.Wait() })
+	t.Cleanup(stop)
+	return stop
 }
