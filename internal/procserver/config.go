@@ -1,0 +1,83 @@
+package procserver
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"path/filepath"
+
+	"go.yaml.in/yaml/v3"
+
+	"farside/internal/dr"
+)
+
+// Config is the process server's configuration file. Which machines it serves
+// is not in it: the configuration server says that.
+type Config struct {
+	// Data is the directory of identity and spool.
+	Data string `yaml:"data"`
+	// Listen is host:port for the streams of agents. Port 0 chooses one.
+	Listen string `yaml:"listen"`
+	// Advertise is host:port at which agents reach Listen. Default: the address
+	// listened on.
+	Advertise string `yaml:"advertise"`
+	// Spool is the directory of the frames on their way. Default: spool in Data.
+	Spool string `yaml:"spool"`
+	// SpoolLimit bounds the spool of each machine; at least 256 MiB. Default 8 GiB.
+	SpoolLimit dr.Size `yaml:"spool_limit"`
+}
+
+const (
+	minSpoolLimit     = 256 << 20
+	defaultSpoolLimit = 8 << 30
+)
+
+// LoadConfig reads the configuration file. Unknown keys are refused. Errors
+// wrap dr.ErrInvalid or are those of reading the file.
+func LoadConfig(path string) (Config, error) {
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return Config{}, fmt.Errorf("read configuration: %w", err)
+	}
+	c, err := ParseConfig(b)
+	if err != nil {
+		return Config{}, fmt.Errorf("configuration %s: %w", path, err)
+	}
+	return c, nil
+}
+
+// ParseConfig reads a configuration and fills the defaults in. Errors wrap
+// dr.ErrInvalid.
+func ParseConfig(b []byte) (Config, error) {
+	c := Config{SpoolLimit: defaultSpoolLimit}
+	d := yaml.NewDecoder(bytes.NewReader(b))
+	d.KnownFields(true)
+	if err := d.Decode(&c); err != nil && !errors.Is(err, io.EOF) {
+		return Config{}, fmt.Errorf("parse: %w: %w", err, dr.ErrInvalid)
+	}
+	if c.Spool == "" {
+		c.Spool = filepath.Join(c.Data, "spool")
+	}
+	return c, c.check()
+}
+
+func (c *Config) check() error {
+	if c.Data == "" {
+		return fmt.Errorf("data: a directory is missing: %w", dr.ErrInvalid)
+	}
+	for key, addr := range map[string]string{"listen": c.Listen, "advertise": c.Advertise} {
+		if key == "advertise" && addr == "" {
+			continue
+		}
+		if _, _, err := net.SplitHostPort(addr); err != nil {
+			return fmt.Errorf("%s: want host:port, not %q: %w", key, addr, dr.ErrInvalid)
+		}
+	}
+	if c.SpoolLimit < minSpoolLimit {
+		return fmt.Errorf("spool_limit: %v is less than %v: %w", c.SpoolLimit, dr.Size(minSpoolLimit), dr.ErrInvalid)
+	}
+	return nil
+}

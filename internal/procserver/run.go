@@ -1,0 +1,119 @@
+package procserver
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"runtime/debug"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	pb "farside/internal/api/farside/v1"
+	"farside/internal/control"
+	"farside/internal/dr"
+	"farside/internal/transport"
+	"farside/internal/vfs"
+)
+
+const reportEvery = time.Second
+
+// Run is the process server: it serves its assignment until ctx ends. The node
+// must have joined; otherwise the error wraps dr.ErrNotFound.
+func Run(ctx context.Context, cfg Config, log *slog.Logger) error {
+	client, err := control.Open(control.Options{DataDir: cfg.Data, Version: programVersion(), Log: log})
+	if err != nil {
+		return fmt.Errorf("process server: %w", err)
+	}
+	defer client.Close()
+	id := client.Identity()
+	listener, err := id.Listen(cfg.Listen, transport.RoleAgent)
+	if err != nil {
+		return fmt.Errorf("process server: listen for agents: %w", err)
+	}
+	listener.SetLogger(log)
+	if err := vfs.OS().MkdirAll(cfg.Spool); err != nil {
+		return errors.Join(fmt.Errorf("process server: %w", err), listener.Close())
+	}
+	s := newServer(vfs.OS(), cfg.Spool, int64(cfg.SpoolLimit), dialTarget(id), log)
+	advertise := cfg.Advertise
+	if advertise == "" {
+		advertise = listener.Addr().String()
+	}
+	log.Info("process server runs", "listen", listener.Addr(), "advertise", advertise, "spool", cfg.Spool)
+
+	asked := ctx
+	g, ctx := errgroup.WithContext(ctx)
+	stop := context.AfterFunc(ctx, func() { listener.Close() })
+	defer stop()
+	g.Go(func() error { return accept(ctx, listener, s) })
+	g.Go(func() error {
+		defer s.close()
+		return client.Watch(ctx, func(a *pb.Assignment) { s.assign(ctx, a.GetProcessServer()) })
+	})
+	g.Go(func() error {
+		return client.Report(ctx, func() *pb.Report {
+			r := s.report()
+			r.Addresses = []string{advertise}
+			return r
+		}, reportEvery)
+	})
+	if err := g.Wait(); err != nil && asked.Err() == nil {
+		return fmt.Errorf("process server: %w", err)
+	}
+	return nil
+}
+
+// accept serves connections and waits for all of them in the end.
+func accept(ctx context.Context, l net.Listener, s *server) error {
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	for {
+		conn, err := l.Accept()
+		if ctx.Err() != nil {
+			if conn != nil {
+				conn.Close()
+			}
+			return nil
+		}
+		if err != nil {
+			return fmt.Errorf("accept: %w", err)
+		}
+		wg.Go(func() {
+			err := s.links.Serve(ctx, conn)
+			s.log.Info("agent's connection ended", "from", conn.RemoteAddr(), "error", err)
+		})
+	}
+}
+
+// dialTarget connects to the master target of a route, trying its addresses in
+// turn.
+func dialTarget(id *transport.Identity) dialer {
+	return func(ctx context.Context, r route) (net.Conn, error) {
+		node, err := dr.ParseNodeID(r.target)
+		if err != nil || r.addrs == "" {
+			return nil, fmt.Errorf("no master target with an address is assigned: %w", dr.ErrUnavailable)
+		}
+		var errs []error
+		for addr := range strings.SplitSeq(r.addrs, ",") {
+			conn, err := id.DialPeer(ctx, addr, transport.Peer{Role: transport.RoleMasterTarget, Node: node})
+			if err == nil {
+				return conn, nil
+			}
+			errs = append(errs, err)
+		}
+		return nil, errors.Join(errs...)
+	}
+}
+
+// programVersion is the version of the program from its build information.
+func programVersion() string {
+	if info, ok := debug.ReadBuildInfo(); ok {
+		return info.Main.Version
+	}
+	return ""
+}
