@@ -3,7 +3,9 @@ package main
 import (
 	"github.com/spf13/cobra"
 
+	"farside/internal/agent"
 	"farside/internal/api"
+	"farside/internal/procserver"
 )
 
 // newRoot lists every verb. Nothing registers itself.
@@ -27,10 +29,15 @@ Start with "farside demo". Exit codes: 0 done, 1 failed, 2 wrong usage or input,
 	root.PersistentFlags().StringVar(&a.context, "context", "", "file that names the configuration server and holds the token (default $"+api.ContextVariable+")")
 	root.AddCommand(
 		newDemo(a),
+		newRole(a, "process-server", "Run a process server: takes, keeps and sends on the streams of agents",
+			roleRun[procserver.Config]{procserver.LoadConfig, procserver.Run}),
+		newRole(a, "agent", "Run an agent: captures the writes of this machine's disks",
+			roleRun[agent.Config]{agent.LoadConfig, agent.Run}),
 		newMachine(a),
 		newPoint(a),
 		newView(a),
 		newNode(a),
+		newExport(a),
 		newToken(a),
 		newJoin(a),
 		newCheck(a),

@@ -3,9 +3,7 @@ package demo
 import (
 	"bytes"
 	"context"
-	"errors"
 	"io"
-	"os"
 	"strings"
 	"testing"
 )
@@ -25,17 +23,6 @@ func (m *memory) WriteAt(p []byte, off int64) (int, error) {
 	return copy(m.b[off:], p), nil
 }
 func (m *memory) Flush() error { m.flushes++; return nil }
-
-// Map says which MiB hold data, and lets the last extent end behind what was asked.
-func (m *memory) Map(off, n int64, fn func(off, n int64, zero, hole bool) error) error {
-	for end := off + n; off < end; off += blockSum {
-		zero := isZero(m.b[off:min(off+blockSum, int64(len(m.b)))])
-		if err := fn(off, blockSum, zero, zero); err != nil {
-			return err
-		}
-	}
-	return nil
-}
 
 func filled(t *testing.T, n int64) (*memory, int64) {
 	t.Helper()
@@ -86,49 +73,6 @@ func TestLoadRecordsEndsWithContext(t *testing.T) {
 	m := &memory{b: make([]byte, 10*recordSize)}
 	if err := loadRecords(ctx, m, int64(len(m.b)), 1, io.Discard); err != nil || m.flushes != 0 {
 		t.Errorf("%d records after the end, %v", m.flushes, err)
-	}
-}
-
-func TestFetchCopiesData(t *testing.T) {
-	m := &memory{b: make([]byte, 5*blockSum+12345)}
-	copy(m.b[blockSum+7:], "some data")
-	copy(m.b[5*blockSum+12000:], "at the end")
-	f, err := os.Create(t.TempDir() + "/image")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
-	n, err := fetch(t.Context(), m, int64(len(m.b)), f)
-	if err != nil || n != blockSum+12345 {
-		t.Errorf("copied %d bytes, %v", n, err)
-	}
-	got, err := os.ReadFile(f.Name())
-	if err != nil || !bytes.Equal(got, m.b) {
-		t.Errorf("the copy differs, %v", err)
-	}
-}
-
-// broken is a disk that fails to read.
-type broken struct{ *memory }
-
-var errBroken = errors.New("broken")
-
-func (broken) ReadAt([]byte, int64) (int, error) { return 0, errBroken }
-
-func TestFetchFails(t *testing.T) {
-	m := &memory{b: bytes.Repeat([]byte("x"), 30*blockSum)}
-	f, err := os.Create(t.TempDir() + "/image")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
-	if _, err := fetch(t.Context(), broken{m}, int64(len(m.b)), f); !errors.Is(err, errBroken) {
-		t.Errorf("got %v", err)
-	}
-	ctx, cancel := context.WithCancel(t.Context())
-	cancel()
-	if _, err := fetch(ctx, m, int64(len(m.b)), f); !errors.Is(err, context.Canceled) {
-		t.Errorf("got %v", err)
 	}
 }
 
