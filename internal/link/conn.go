@@ -14,7 +14,7 @@ const (
 	lingerFor   = time.Second // after a refusal, for the sender to read it
 	readBuffer  = 256 << 10
 	writeBuffer = 64 << 10 // header and body leave in one piece
-	groupBytes  = 8 << 20 // frames handed to a sink at once
+	groupBytes  = 8 << 20  // frames handed to a sink at once
 	groupFrames = 256
 )
 

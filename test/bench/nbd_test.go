@@ -2,19 +2,17 @@ package bench
 
 import (
 	"context"
-	"encoding/json"
-	"fmt"
 	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"slices"
 	"strconv"
 	"testing"
 	"time"
 
 	"farside/internal/capture/tap"
 	"farside/internal/nbd"
+	"farside/internal/testenv"
 )
 
 const nbdDisk = 1 << 30
@@ -39,18 +37,8 @@ var nbdLoads = []nbdLoad{
 // TestNBDServers compares our server with nbdkit's file plugin and qemu-nbd:
 // the same plain file in memory, the same client (fio), in turns, medians.
 func TestNBDServers(t *testing.T) {
-	if os.Getenv("FARSIDE_BENCH") != "1" {
-		t.Skip("a benchmark: set FARSIDE_BENCH=1")
-	}
-	for _, tool := range []string{"fio", "nbdkit", "qemu-nbd"} {
-		if _, err := exec.LookPath(tool); err != nil {
-			t.Skipf("needs %s", tool)
-		}
-	}
-	rounds := 5
-	if n, err := strconv.Atoi(os.Getenv("FARSIDE_BENCH_ROUNDS")); err == nil && n > 0 {
-		rounds = n
-	}
+	testenv.NeedBench(t)
+	testenv.NeedTool(t, "fio", "nbdkit", "qemu-nbd")
 	dir := memoryDir(t)
 	disk := filepath.Join(dir, "disk")
 	fill(t, disk)
@@ -61,13 +49,14 @@ func TestNBDServers(t *testing.T) {
 	}
 	for _, load := range nbdLoads {
 		got := map[string][]float64{}
-		for range rounds {
+		for range Rounds() {
 			for name, socket := range servers {
 				got[name] = append(got[name], load.run(t, socket))
 			}
 		}
 		for _, peer := range []string{"nbdkit", "qemu-nbd"} {
-			report(t, load.name+" vs "+peer, median(got["ours"]), median(got[peer]), load.unit, rounds)
+			ours, theirs := Median(got["ours"]), Median(got[peer])
+			Figure{load.name + " vs " + peer, ours, theirs, ours / theirs, load.unit, Rounds()}.Print()
 		}
 	}
 }
@@ -170,46 +159,9 @@ func (l nbdLoad) run(t *testing.T, socket string) float64 {
 	if err != nil {
 		t.Fatalf("fio: %v\n%s", err, out)
 	}
-	var result struct {
-		Jobs []struct {
-			Read, Write struct {
-				IOPS float64 `json:"iops"`
-				BW   float64 `json:"bw_bytes"`
-			}
-		}
-	}
-	if err := json.Unmarshal(out[slices.Index(out, '{'):], &result); err != nil || len(result.Jobs) != 1 {
-		t.Fatalf("fio: %v\n%s", err, out)
-	}
-	j := result.Jobs[0]
+	iops, bandwidth := fioResult(t, out)
 	if l.unit == "IOPS" {
-		return j.Read.IOPS + j.Write.IOPS
+		return iops
 	}
-	return (j.Read.BW + j.Write.BW) / 1e6
+	return bandwidth / 1e6
 }
-
-func median(v []float64) float64 {
-	slices.Sort(v)
-	if n := len(v); n%2 == 0 {
-		return (v[n/2-1] + v[n/2]) / 2
-	}
-	return v[len(v)/2]
-}
-
-// report prints what the script that keeps docs/benchmarks.md reads.
-func report(t *testing.T, name string, ours, peer float64, unit string, rounds int) {
-	line, err := json.Marshal(struct {
-		Name   string  `json:"name"`
-		Ours   float64 `json:"ours"`
-		Peer   float64 `json:"peer"`
-		Ratio  float64 `json:"ratio"`
-		Unit   string  `json:"unit"`
-		Rounds int     `json:"rounds"`
-	}{name, round(ours), round(peer), round(ours / peer), unit, rounds})
-	if err != nil {
-		t.Fatal(err)
-	}
-	fmt.Printf("BENCH %s\n", line)
-}
-
-func round(v float64) float64 { return float64(int64(v*1000+0.5)) / 1000 }
