@@ -32,7 +32,6 @@ func TestJudges(t *testing.T) {
 		opts    nbdtest.Options
 	}{
 		"unix":      {"unix", Config{List: func() []string { return []string{"x"} }}, disk(), nbdtest.Options{Listed: true, MinBlock: 512}},
-		"bytes":     {"unix", Config{}, &Export{Device: newTestDevice(size)}, nbdtest.Options{}},
 		"plain":     {"tcp", Config{}, &Export{Device: plain{newTestDevice(size)}}, nbdtest.Options{}},
 		"tls":       {"tcp", Config{TLS: certs.Server, Mode: TLSRequired}, disk(), nbdtest.Options{CertDir: certs.Dir, MinBlock: 512}},
 		"tls unix":  {"unix", Config{TLS: certs.Server, Mode: TLSAllowed}, disk(), nbdtest.Options{CertDir: certs.Dir, MinBlock: 512}},
