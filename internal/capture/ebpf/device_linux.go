@@ -29,7 +29,7 @@ type device struct {
 	sysfs string // directory of the device
 	whole string // directory of the whole disk
 	mq    bool   // uses requests
-	base  uint64 // bytes that the kernel had counted as written when it was opened
+	base  uint64 // bytes that the kernel had counted as written when the capture began
 }
 
 // openDevice opens the block device of d for reading and finds its place on its
@@ -88,8 +88,7 @@ func (d *device) identify() error {
 		return err
 	}
 	d.mq = exists(d.whole + "/mq")
-	d.base, err = d.writtenBytes()
-	return err
+	return nil
 }
 
 // refuse says why the disk in a sysfs directory can't be captured, if so.

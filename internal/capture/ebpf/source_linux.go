@@ -151,6 +151,11 @@ func (s *source) start() error {
 		return err
 	}
 	s.opened = monotonic()
+	for _, d := range s.devs {
+		if d.base, err = d.writtenBytes(); err != nil {
+			return err
+		}
+	}
 	return s.awaitBioBased()
 }
 
