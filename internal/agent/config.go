@@ -6,8 +6,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"strconv"
-	"strings"
 
 	"go.yaml.in/yaml/v3"
 
@@ -22,7 +20,7 @@ type Config struct {
 	Data string `yaml:"data"`
 	// Memory bounds the frames that wait for the process server. At least 32 MiB;
 	// default 64 MiB.
-	Memory Size `yaml:"memory"`
+	Memory dr.Size `yaml:"memory"`
 	// Capture says how writes are captured.
 	Capture CaptureConfig `yaml:"capture"`
 	// LoopDevices also offers loop devices for protection.
@@ -40,7 +38,7 @@ type CaptureConfig struct {
 	Driver string `yaml:"driver"`
 	// Ring is the size of the buffer between the kernel, or the tap, and the
 	// agent. Default: the driver's.
-	Ring Size      `yaml:"ring"`
+	Ring dr.Size   `yaml:"ring"`
 	Tap  TapConfig `yaml:"tap"`
 }
 
@@ -60,34 +58,6 @@ const (
 	minMemory     = 32 << 20
 	defaultMemory = 64 << 20
 )
-
-// Size is a number of bytes, written as 4096, 64KiB, 64MiB or 1GiB.
-type Size int64
-
-// UnmarshalYAML implements yaml.Unmarshaler.
-func (s *Size) UnmarshalYAML(n *yaml.Node) error {
-	v, err := parseSize(n.Value)
-	if err != nil {
-		return fmt.Errorf("line %d: %w", n.Line, err)
-	}
-	*s = v
-	return nil
-}
-
-func parseSize(text string) (Size, error) {
-	digits, shift := strings.TrimSpace(text), 0
-	for i, unit := range []string{"KiB", "MiB", "GiB", "TiB"} {
-		if d, ok := strings.CutSuffix(digits, unit); ok {
-			digits, shift = strings.TrimSpace(d), 10*(i+1)
-			break
-		}
-	}
-	v, err := strconv.ParseInt(digits, 10, 64)
-	if err != nil || v < 0 || v > 1<<62>>shift {
-		return 0, fmt.Errorf("parse size %q: want a number of bytes, or with KiB, MiB, GiB, TiB: %w", text, dr.ErrInvalid)
-	}
-	return Size(v << shift), nil
-}
 
 // LoadConfig reads the configuration file. Unknown keys are refused. Errors
 // wrap dr.ErrInvalid or are those of reading the file.

@@ -136,8 +136,14 @@ func (s *scan) text(dir, name string) string {
 
 func kindOf(name string) string {
 	for _, k := range []struct{ prefix, kind string }{
-		{"loop", "loop"}, {"zram", "zram"}, {"ram", "ram"}, {"sr", "optical"}, {"fd", "floppy"},
-		{"dm-", "device-mapper"}, {"md", "md"}, {"nbd", "nbd"},
+		{"loop", "loop"},
+		{"zram", "zram"},
+		{"ram", "ram"},
+		{"sr", "optical"},
+		{"fd", "floppy"},
+		{"dm-", "device-mapper"},
+		{"md", "md"},
+		{"nbd", "nbd"},
 	} {
 		if strings.HasPrefix(name, k.prefix) {
 			return k.kind

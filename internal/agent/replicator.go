@@ -64,12 +64,13 @@ type replicator struct {
 	disks []*disk
 	tags  tagQueue
 
-	cut   cutter
-	sync  syncState
-	buf   []byte    // for bulk reads
-	last  time.Time // when the newest frame was put
-	now   time.Time // of this step
-	stats counters
+	cut    cutter
+	sync   syncState
+	buf    []byte    // for bulk reads
+	last   time.Time // when the newest frame was put
+	looked time.Time // when an exact stream last looked for dirty ranges
+	now    time.Time // of this step
+	stats  counters
 
 	// blind makes the drain ignore the written sets: the negative control of
 	// the tests, which must then find differences.
@@ -243,9 +244,10 @@ func (r *replicator) lost() error {
 // and a look at the dirty set, which must be empty.
 func (r *replicator) keepExact() error {
 	quiet := !r.cut.begun && r.now.Sub(r.last) >= r.tune.heartbeat
-	if !quiet && !r.tags.pending() {
+	if !quiet && !r.tags.pending() && r.now.Sub(r.looked) < r.tune.heartbeat {
 		return nil
 	}
+	r.looked = r.now
 	caught, err := r.caughtUp(r.tags.mark(r.src, r.now))
 	if err != nil || !caught || r.phase != Exact {
 		return err

@@ -30,7 +30,7 @@ func Run(ctx context.Context, c Config, log *slog.Logger) (err error) {
 	if err != nil {
 		return fmt.Errorf("start agent: %w", err)
 	}
-	defer client.Close()
+	defer func() { err = errors.Join(err, client.Close()) }()
 	if role := client.Identity().Peer().Role; role != transport.RoleAgent {
 		return fmt.Errorf("start agent: %s is the data directory of a %s: %w", c.Data, role, dr.ErrInvalid)
 	}

@@ -230,6 +230,27 @@ func TestMarkKeepsStreamOpen(t *testing.T) {
 	s.same()
 }
 
+// A mark is noticed although the stream never rests.
+func TestMarkUnderLoad(t *testing.T) {
+	s := newScene(t, 0)
+	s.connect()
+	s.untilExact()
+	s.far[8192] = 1 // whatever the reason
+	if err := s.src.Mark(dr.Extent{Disk: 1, Offset: 8192, Length: 4096}); err != nil {
+		t.Fatal(err)
+	}
+	for i := range 700 {
+		s.src.Write(1, 0, sector(byte(i)))
+		s.step()
+		s.receive()
+	}
+	s.untilExact()
+	s.same()
+	if s.rep.stats.syncs != 2 || s.rep.why != ReasonMarked {
+		t.Errorf("%d syncs, the last because of %q", s.rep.stats.syncs, s.rep.why)
+	}
+}
+
 func TestHeartbeatOnlyWhenAllIsSent(t *testing.T) {
 	s := newScene(t, 0)
 	s.connect()
@@ -450,5 +471,25 @@ func BenchmarkStep(b *testing.B) {
 		for f, _ := out.take(); f != nil; f, _ = out.take() {
 		}
 		out.acked(1<<60, 1<<60, time.Now())
+	}
+}
+
+func BenchmarkInitial(b *testing.B) {
+	const size = 64 << 20
+	mem := capturetest.NewMem(capture.Disk{ID: 1, Size: size})
+	mem.SetImage(1, bytes.Repeat([]byte{1, 2, 3, 4}, size/4))
+	b.SetBytes(size)
+	for b.Loop() {
+		out := newOutbox()
+		rep := newReplicator(mem, out, defaultTuning())
+		out.resume(frame.Cursor{Machine: dr.MachineID{1}, Position: dr.Position{Timeline: 1}}, 0, ReasonInitial)
+		for rep.phase != Exact {
+			if _, err := rep.step(b.Context(), time.Now(), 0); err != nil {
+				b.Fatal(err)
+			}
+			for f, _ := out.take(); f != nil; f, _ = out.take() {
+			}
+			out.acked(1<<60, 1<<60, time.Now())
+		}
 	}
 }

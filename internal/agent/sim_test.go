@@ -35,12 +35,11 @@ type simOptions struct {
 // checks every frame and every recovery point. Time is a tick per action.
 type sim struct {
 	simOptions
-	rng   *rand.Rand
-	mem   *capturetest.Mem
-	out   *outbox
-	rep   *replicator
-	tick  int64
-	still bool // nothing happens besides the calls of the test
+	rng  *rand.Rand
+	mem  *capturetest.Mem
+	out  *outbox
+	rep  *replicator
+	tick int64
 
 	ops      []op
 	inflight []flight
@@ -49,14 +48,14 @@ type sim struct {
 	saved    []*farSide // what the far side held before
 	tags     int
 	asked    map[[16]byte]int64 // tick
+	still    bool               // nothing happens besides the calls of the test
 	peak     int64              // largest use of the outbox
 }
 
 type op struct {
-	tick  int64
-	still bool // nothing happens besides the calls of the test
-	x     dr.Extent
-	data  []byte // nil: zeroes
+	tick int64
+	x    dr.Extent
+	data []byte // nil: zeroes
 }
 
 type flight struct {
@@ -313,7 +312,8 @@ func (s *sim) quiet() error {
 
 func (s *sim) settled() bool {
 	_, frames := s.out.used()
-	return s.rep.phase == Exact && frames == 0 && !s.rep.cut.begun && !s.rep.tags.pending() &&
+	dirty, err := s.mem.Dirty()
+	return err == nil && dirty == 0 && s.rep.phase == Exact && frames == 0 && !s.rep.cut.begun && !s.rep.tags.pending() &&
 		s.far.points > 0 && s.mem.Consumed() == s.mem.Tail()
 }
 
