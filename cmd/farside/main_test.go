@@ -28,9 +28,11 @@ func TestScripts(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	fake := startFake(t)
 	testscript.Run(t, testscript.Params{
 		Dir: "testdata/script",
 		Setup: func(env *testscript.Env) error {
+			env.Setenv("FAKE", fake)
 			env.Setenv("FRAMES", frames)
 			env.Setenv("SEGMENTS", segments)
 			return nil
