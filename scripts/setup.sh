@@ -22,15 +22,16 @@ python3-libnbd|/usr/lib/python3/dist-packages/nbd.py|nbdsh judges the NBD server
 qemu-utils|qemu-img|qemu-img and qemu-io judge the NBD server
 qemu-block-extra|/usr/share/doc/qemu-block-extra|lets QEMU speak to NBD over TLS
 sqlite3|sqlite3|judges recovered databases
+jq|jq|reads the answers of benchmarks and of the demo
 '
 ci_packages='
 clang|clang|regenerates the eBPF objects to prove that they are what the source says
 llvm|llvm-strip|strips them
 libbpf-dev|/usr/include/bpf/bpf_helpers.h|headers of the eBPF program
+protobuf-compiler|protoc|regenerates the API to prove that it is what the schema says
 gcc|gcc|the race detector needs cgo
 libc6-dev|/usr/include/stdio.h|the race detector needs cgo
 file|file|shows that the binary is static
-jq|jq|reads the answer of the demo
 '
 case $want in
 demo) packages=$demo_packages ;;
