@@ -209,20 +209,20 @@ func (a *agent) until(ctx context.Context, w *work, done <-chan struct{}) {
 
 // replicate runs one stream until it fails or the assignment changes.
 func (a *agent) replicate(ctx context.Context, w *work, first Reason) (err error) {
-	src, err := a.open(slices.Clone(w.disks), w.driver, w.ring)
+	o, err := a.open(slices.Clone(w.disks), w.driver, w.ring)
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, src.Close()) }()
+	defer func() { err = errors.Join(err, o.src.Close()) }()
 
 	tune := defaultTuning()
 	tune.memory, tune.codec = w.memory, w.codec
 	a.mu.Lock()
-	s := newStream(src, streamConfig{
-		machine: w.machine, timeline: w.timeline, first: first, used: src.used, tune: tune,
+	s := newStream(o.src, streamConfig{
+		machine: w.machine, timeline: w.timeline, first: first, used: o.used, tune: tune,
 		dial: a.dial, log: a.log, notices: &a.notices, news: a.news,
 	})
-	a.mu.stream, a.mu.driver, a.mu.err = s, src.driver, nil
+	a.mu.stream, a.mu.driver, a.mu.err = s, o.driver, nil
 	p := a.mu.assigned
 	a.mu.Unlock()
 	s.setTags(wantedTags(p, time.Now()))

@@ -69,7 +69,7 @@ func (l *lab) open(disks []capture.Disk, driver string, _ int64) (opened, error)
 			l.last.SetImage(d.ID, old.Image(d.ID))
 		}
 	}
-	return opened{Source: l.last, driver: "mem" + driver}, nil
+	return opened{src: l.last, driver: "mem" + driver}, nil
 }
 
 func (l *lab) assignment(change func(*pb.AgentAssignment)) *pb.AgentAssignment {

@@ -21,7 +21,7 @@ const (
 
 // opened is a Source that a stream may use.
 type opened struct {
-	capture.Source
+	src    capture.Source
 	driver string
 	used   bool // another stream took events of it over before
 }
@@ -93,7 +93,7 @@ func (d *drivers) open(disks []capture.Disk, driver string, ring int64) (opened,
 		if err != nil {
 			return opened{}, fmt.Errorf("capture with ebpf: %w", err)
 		}
-		return checked(opened{Source: src, driver: driver}, disks)
+		return checked(opened{src: src, driver: driver}, disks)
 	case driverTap:
 		src, err := d.openTap(disks)
 		if err != nil {
@@ -101,7 +101,7 @@ func (d *drivers) open(disks []capture.Disk, driver string, ring int64) (opened,
 		}
 		used := d.tapUsed
 		d.tapUsed = true
-		return checked(opened{Source: src, driver: driver, used: used}, disks)
+		return checked(opened{src: src, driver: driver, used: used}, disks)
 	}
 	return opened{}, fmt.Errorf("capture driver %q: %w", driver, dr.ErrUnsupported)
 }
@@ -154,9 +154,9 @@ func sizeOf(disks []capture.Disk, id dr.DiskID) int64 {
 // checked closes o again if its disks are not as large as they are known to be.
 func checked(o opened, want []capture.Disk) (opened, error) {
 	for _, w := range want {
-		if size := sizeOf(o.Disks(), w.ID); w.Size != 0 && size != w.Size {
+		if size := sizeOf(o.src.Disks(), w.ID); w.Size != 0 && size != w.Size {
 			err := fmt.Errorf("%s has %d bytes, not %d: protect it anew: %w", w.Path, size, w.Size, dr.ErrInvalid)
-			return opened{}, errors.Join(err, o.Close())
+			return opened{}, errors.Join(err, o.src.Close())
 		}
 	}
 	return o, nil

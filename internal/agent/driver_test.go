@@ -17,6 +17,8 @@ import (
 
 	"farside/internal/capture"
 	"farside/internal/dr"
+	"farside/internal/frame"
+	"farside/internal/link"
 	"farside/internal/testenv"
 )
 
@@ -59,10 +61,12 @@ func tapped(t *testing.T, path string) *drivers {
 // replicated, and compares when all is quiet.
 func replicateReal(t *testing.T, src opened, disk io.WriterAt, current func() []byte) {
 	t.Helper()
-	disks := src.Disks()
+	tune := defaultTuning()
+	tune.settle = 500 * time.Millisecond // writes of the test don't take longer
+	disks := src.src.Disks()
 	f := newFakeServer(t, dr.MachineID{1}, disks)
-	s := newStream(src, streamConfig{
-		machine: dr.MachineID{1}, timeline: 1, first: ReasonRestart, used: src.used, tune: defaultTuning(),
+	s := newStream(src.src, streamConfig{
+		machine: dr.MachineID{1}, timeline: 1, first: ReasonRestart, used: src.used, tune: tune,
 		dial: f.dial, log: slog.New(slog.DiscardHandler), notices: &chronicle{}, news: func() {},
 	})
 	s.setServer(server{addrs: []string{"server"}})
@@ -85,6 +89,10 @@ func replicateReal(t *testing.T, src opened, disk io.WriterAt, current func() []
 		})
 		time.Sleep(10 * time.Millisecond)
 	}
+	for range 3 { // the server loses all it had: the stream begins anew, amid the writes
+		time.Sleep(20 * time.Millisecond)
+		f.lose()
+	}
 	wg.Wait()
 	var snap snapshot
 	for deadline := time.Now().Add(20 * time.Second); time.Now().Before(deadline); time.Sleep(50 * time.Millisecond) {
@@ -105,6 +113,21 @@ func replicateReal(t *testing.T, src opened, disk io.WriterAt, current func() []
 	t.Logf("%d writes, %d frames, %d overflows, %d syncs", snap.source.Writes, snap.stats.frames, snap.source.Overflows, snap.stats.syncs)
 }
 
+// lose makes the server forget everything.
+func (f *fakeServer) lose() {
+	f.set(func() { f.mu.down = true })
+	f.hangUp()
+	f.wg.Wait()
+	f.set(func() {
+		f.mu.down = false
+		f.mu.at = frame.Cursor{Machine: f.mu.at.Machine, Position: dr.Position{Timeline: 1}}
+		f.progress = link.NewProgress(link.Ack{})
+		for _, b := range f.mu.disks {
+			clear(b)
+		}
+	})
+}
+
 func (f *fakeServer) holds(id dr.DiskID, image []byte) bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -118,7 +141,7 @@ func TestReplicateTap(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if src.driver != driverTap || src.used || src.Disks()[0].ID != 9 {
+	if src.driver != driverTap || src.used || src.src.Disks()[0].ID != 9 {
 		t.Errorf("opened %+v", src)
 	}
 	dev := d.tap.Device(tapID(1))
@@ -157,7 +180,7 @@ func TestReplicateEBPF(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer src.Close()
+	defer src.src.Close()
 	dev, err := os.OpenFile(path, os.O_RDWR|os.O_SYNC, 0)
 	if err != nil {
 		t.Fatal(err)
