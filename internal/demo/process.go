@@ -1,7 +1,6 @@
 package demo
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -81,19 +80,4 @@ func lastLines(path string, n int) string {
 	}
 	lines := strings.Split(strings.TrimSpace(string(b)), "\n")
 	return strings.Join(lines[max(0, len(lines)-n):], "\n")
-}
-
-// watch returns a context that ends, with the reason as its cause, when one of the processes ends.
-func watch(ctx context.Context, processes ...*process) (context.Context, context.CancelFunc) {
-	ctx, cancel := context.WithCancelCause(ctx)
-	for _, p := range processes {
-		go func() {
-			select {
-			case <-ctx.Done():
-			case <-p.done:
-				cancel(p.ended())
-			}
-		}()
-	}
-	return ctx, func() { cancel(nil) }
 }

@@ -18,14 +18,13 @@ import (
 // records is the scene with a disk of records behind a tap: the load writes as an NBD client of the agent. It
 // needs no rights.
 type records struct {
-	dir     string
-	bytes   int64
-	rate    int
-	tap     string // NBD URI of the agent's tap
-	log     *oracle
-	logFile *os.File
-	stop    context.CancelFunc
-	done    sync.WaitGroup
+	dir   string
+	bytes int64
+	rate  int
+	tap   string // NBD URI of the agent's tap
+	log   *oracle
+	stop  context.CancelFunc
+	done  sync.WaitGroup
 
 	mu struct {
 		sync.Mutex // held by the load for each record, so that holding it freezes the load
