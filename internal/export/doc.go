@@ -68,7 +68,7 @@ func (d device) Flush() error { return wire(d.d.Flush()) }
 
 func (d device) ReadAt(p []byte, off int64) (int, error) {
 	n, err := d.d.ReadAt(p, off)
-	if err == nil || err == io.EOF {
+	if err == nil || errors.Is(err, io.EOF) {
 		return n, err
 	}
 	return n, wire(err)

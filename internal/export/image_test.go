@@ -20,10 +20,9 @@ import (
 
 // disk is a sparse disk in memory: units that it doesn't have read as zeroes.
 type disk struct {
-	size   int64
-	units  map[int64][]byte // by unit index
-	mapped bool             // has a map
-	fail   int64            // offset at which reading fails, or 0
+	size  int64
+	units map[int64][]byte // by unit index
+	fail  int64            // offset at which reading fails, or 0
 
 	mu    sync.Mutex
 	reads int64
@@ -312,16 +311,16 @@ func TestImageErrors(t *testing.T) {
 	if err := WriteQcow2(t.Context(), &memFile{}, d, nil); err == nil {
 		t.Error("an unreadable disk was written")
 	}
-	if _, err := WriteRaw(t.Context(), &memFile{}, badMap{d}, 0, nil); !errors.Is(err, bad2) {
+	if _, err := WriteRaw(t.Context(), &memFile{}, badMap{d}, 0, nil); !errors.Is(err, errNoMap) {
 		t.Errorf("a bad map: %v", err)
 	}
 }
 
-var bad2 = errors.New("no map today")
+var errNoMap = errors.New("no map today")
 
 type badMap struct{ *disk }
 
-func (badMap) Map(int64, int64, func(off, n int64, zero, hole bool) error) error { return bad2 }
+func (badMap) Map(int64, int64, func(off, n int64, zero, hole bool) error) error { return errNoMap }
 
 // TestQemuImg lets QEMU judge the images.
 func TestQemuImg(t *testing.T) {

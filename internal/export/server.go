@@ -67,7 +67,7 @@ func Listen(o Options) (_ *Server, err error) {
 	s.mu.exports = map[string]*export{}
 	defer func() {
 		if err != nil {
-			s.Close(context.Background())
+			err = errors.Join(err, s.Close(context.Background()))
 		}
 	}()
 	if o.Socket == "" && o.Listen == "" {

@@ -116,8 +116,8 @@ func (c *Client) Close() error {
 			if !c.write.broken {
 				var b [requestSize]byte
 				(&request{cmd: cmdDisc}).put(b[:])
-				c.conn.SetWriteDeadline(time.Now().Add(time.Second))
-				c.conn.Write(b[:]) // good manners only
+				_ = c.conn.SetWriteDeadline(time.Now().Add(time.Second))
+				_, _ = c.conn.Write(b[:]) // good manners only
 			}
 		}
 	})

@@ -92,10 +92,10 @@ func TestClientCommands(t *testing.T) {
 func TestClientRefusesRanges(t *testing.T) {
 	s := serve(t, Config{}, map[string]*Export{"": {Device: newTestDevice(1000)}})
 	c := connect(t, s, "")
-	if n, err := c.ReadAt(make([]byte, 10), 995); n != 5 || err != io.EOF {
+	if n, err := c.ReadAt(make([]byte, 10), 995); n != 5 || !errors.Is(err, io.EOF) {
 		t.Errorf("read over the end: %d, %v", n, err)
 	}
-	if n, err := c.ReadAt(make([]byte, 10), 2000); n != 0 || err != io.EOF {
+	if n, err := c.ReadAt(make([]byte, 10), 2000); n != 0 || !errors.Is(err, io.EOF) {
 		t.Errorf("read behind the end: %d, %v", n, err)
 	}
 	_, err := c.ReadAt(make([]byte, 1), -1)

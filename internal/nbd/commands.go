@@ -221,7 +221,7 @@ func (ss *session) readInto(p []byte, off int64) error {
 	if n == len(p) {
 		return nil
 	}
-	if err == nil || err == io.EOF {
+	if err == nil || errors.Is(err, io.EOF) {
 		err = io.ErrUnexpectedEOF
 	}
 	return err
@@ -377,7 +377,7 @@ func (ss *session) extents(off, n int64, limit int) ([]statusExtent, error) {
 		}
 		return nil
 	})
-	if err != nil && err != errDone {
+	if err != nil && !errors.Is(err, errDone) {
 		return nil, err
 	}
 	if len(all) == 0 || all[0].length == 0 {

@@ -39,7 +39,7 @@ type haggle struct {
 //	S: magic u64 | option u32 | reply u32 | length u32 | data
 func (ss *session) negotiate() error {
 	ss.readWithin(ss.srv.cfg.Handshake)
-	ss.raw.SetWriteDeadline(time.Now().Add(ss.srv.cfg.Handshake))
+	_ = ss.raw.SetWriteDeadline(time.Now().Add(ss.srv.cfg.Handshake)) // an error shows in the write
 	hello := binary.BigEndian.AppendUint64(nil, magicInit)
 	hello = binary.BigEndian.AppendUint64(hello, magicOption)
 	hello = binary.BigEndian.AppendUint16(hello, flagFixedNewstyle|flagNoZeroes)
@@ -64,7 +64,7 @@ func (ss *session) negotiate() error {
 			return fmt.Errorf("negotiate: %w", err)
 		}
 		if chosen {
-			ss.raw.SetWriteDeadline(time.Time{}) // an error shows in the write
+			_ = ss.raw.SetWriteDeadline(time.Time{}) // an error shows in the write
 			return nil
 		}
 	}
@@ -112,7 +112,7 @@ func (h *haggle) skip(opt, n uint32) error {
 
 func (h *haggle) answer(opt uint32, data []byte) (chosen bool, err error) {
 	if opt == optAbort {
-		h.reply(opt, repAck, nil) // the client needs not wait for it
+		_ = h.reply(opt, repAck, nil) // the client needs not wait for it
 		return false, errDone
 	}
 	if h.ss.srv.cfg.Mode == TLSRequired && !h.tls && opt != optStartTLS {

@@ -71,7 +71,7 @@ func (c *Client) simple(head []byte) error {
 	if err != nil {
 		return err
 	}
-	c.r.Discard(simpleSize)
+	_, _ = c.r.Discard(simpleSize) // peeked: it is there
 	data := k.req.cmd == cmdRead || k.req.cmd == cmdBlockStatus
 	switch {
 	case c.structured && data:
@@ -99,7 +99,7 @@ func (c *Client) chunk() error {
 		return err
 	}
 	n := be.Uint32(head[16:])
-	c.r.Discard(chunkSize)
+	_, _ = c.r.Discard(chunkSize) // peeked: it is there
 	if err := c.body(k, typ, n); err != nil {
 		return err
 	}

@@ -51,18 +51,19 @@ func newSender(c net.Conn, m *memory, stall time.Duration) *sender {
 }
 
 // send queues the pieces next to each other and sees that they get written.
-// It takes over their buffers. The first error stays.
-func (s *sender) send(pieces ...outgoing) error {
+// It takes over their buffers. The first error stays in the sender and closes
+// the connection.
+func (s *sender) send(pieces ...outgoing) {
 	s.mu.Lock()
 	if s.mu.err != nil {
 		defer s.mu.Unlock()
 		s.release(pieces)
-		return s.mu.err
+		return
 	}
 	s.mu.queue = append(s.mu.queue, pieces...)
 	if s.mu.busy || s.mu.held {
 		s.mu.Unlock()
-		return nil
+		return
 	}
 	s.mu.busy = true
 	for len(s.mu.queue) > 0 && s.mu.err == nil {
@@ -84,7 +85,6 @@ func (s *sender) send(pieces ...outgoing) error {
 	if err != nil {
 		s.conn.Close() // wakes the reader, which reports
 	}
-	return err
 }
 
 // hold lets replies only queue, or ends that; then the next send writes them.
@@ -98,7 +98,7 @@ func (s *sender) hold(on bool) {
 // flush ends a hold and writes what was held back.
 func (s *sender) flush() {
 	s.hold(false)
-	s.send() // an error stays in the sender
+	s.send()
 }
 
 func (s *sender) release(pieces []outgoing) {
@@ -169,6 +169,6 @@ func (s *sender) extend() {
 	}
 	if now := time.Now(); s.deadline.Sub(now) < s.stall {
 		s.deadline = now.Add(2 * s.stall)
-		s.conn.SetWriteDeadline(s.deadline) // an error shows in the write
+		_ = s.conn.SetWriteDeadline(s.deadline) // an error shows in the write
 	}
 }

@@ -193,8 +193,7 @@ func (s *Server) Shutdown(ctx context.Context) error {
 		s.cancel()
 		return nil
 	case <-ctx.Done():
-		s.Close()
-		return ctx.Err()
+		return errors.Join(ctx.Err(), s.Close())
 	}
 }
 

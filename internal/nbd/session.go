@@ -75,7 +75,7 @@ func (ss *session) drain() {
 	ss.mu.Lock()
 	defer ss.mu.Unlock()
 	ss.mu.draining = true
-	ss.raw.SetReadDeadline(longAgo)
+	_ = ss.raw.SetReadDeadline(longAgo) // fails on a closed connection only
 }
 
 func (ss *session) isDraining() bool {
@@ -96,7 +96,7 @@ func (ss *session) readWithin(d time.Duration) {
 	if d > 0 {
 		t = time.Now().Add(d)
 	}
-	ss.raw.SetReadDeadline(t) // an error shows in the read
+	_ = ss.raw.SetReadDeadline(t) // an error shows in the read
 }
 
 // startTLS replaces the connection by an encrypted one.
@@ -243,7 +243,7 @@ func (ss *session) next() (request, error) {
 	if !ok {
 		return q, fmt.Errorf("read request: bad magic %#x", head[:4])
 	}
-	ss.r.Discard(requestSize)
+	_, _ = ss.r.Discard(requestSize) // peeked: it is there
 	if q.cmd == cmdDisc {
 		return q, errDone
 	}
@@ -257,10 +257,10 @@ func (ss *session) next() (request, error) {
 }
 
 func endOfRequests(got int, err error) error {
-	if err == io.EOF && got == 0 {
+	if errors.Is(err, io.EOF) && got == 0 {
 		return errDone // rude, but common and harmless
 	}
-	if err == io.EOF {
+	if errors.Is(err, io.EOF) {
 		err = io.ErrUnexpectedEOF
 	}
 	return fmt.Errorf("read request: %w", err)

@@ -45,8 +45,7 @@ func Open(o Options) (_ *Opened, err error) {
 	t := &Opened{served: make(chan error, 1)}
 	defer func() {
 		if err != nil {
-			t.closeFiles()
-			o.Listen.Close()
+			err = errors.Join(err, t.closeFiles(), o.Listen.Close())
 		}
 	}()
 	var disks []Disk

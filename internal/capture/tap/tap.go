@@ -199,7 +199,9 @@ func (t *Tap) land(disk int, w pending, what dr.What, err error) {
 		t.mu.stats.Failed++
 	}
 	if stale := w.mode%2 == 1 || w.mode != t.mu.mode; stale || err != nil {
-		t.dirty.Mark(w.extent) // the extent is the disk's: it can't fail
+		if err := t.dirty.Mark(w.extent); err != nil {
+			panic(err) // submit has marked or placed the same extent
+		}
 		close(t.mu.landed)
 		t.mu.landed = make(chan struct{})
 	}

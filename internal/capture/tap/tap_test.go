@@ -15,6 +15,7 @@ import (
 	"farside/internal/capture/capturetest"
 	"farside/internal/dr"
 	"farside/internal/nbd"
+	"farside/internal/nbd/nbdtest"
 )
 
 // TestConformanceDirect runs the suite on the devices of a Tap themselves.
@@ -353,5 +354,25 @@ func TestExports(t *testing.T) {
 	}
 	if len(one.Names()) != 1 || len(tap.Disks()) != 2 {
 		t.Error("names and disks")
+	}
+}
+
+// TestJudges: the tap is a good NBD server, and what the judges wrote is in
+// the stream.
+func TestJudges(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes a while")
+	}
+	const size = 48 << 20
+	tap, uri := open(t, Options{Disks: []capture.Disk{{ID: 1, Path: tempPath(t, size)}}, Queue: 1 << 30})
+	image := map[dr.DiskID][]byte{1: make([]byte, size)}
+	nbdtest.Judge(t, uri(""), size, nbdtest.Options{MinBlock: dr.SectorSize})
+	drain(t, tap, image)
+	got := make([]byte, size)
+	if _, err := tap.ReadAt(got, 1, 0); err != nil || !bytes.Equal(got, image[1]) {
+		t.Errorf("stream and disk differ, %v", err)
+	}
+	if s := tap.Stats(); s.Overflows != 0 || s.Writes == 0 || s.Flushes == 0 {
+		t.Errorf("stats: %+v", s)
 	}
 }
