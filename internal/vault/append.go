@@ -227,6 +227,11 @@ func (l *Log) healLocked() error {
 		}
 	}
 	durable := l.mu.durable.Position
+	m := l.v.manifest.Load()
+	t, _ := m.timeline(l.timeline)
+	if err := l.findStart(m, t); err != nil { // a fold has moved it
+		return err
+	}
 	l.mu.head = l.start
 	if err := l.openSegments(); err != nil {
 		return err

@@ -159,20 +159,35 @@ func (i *image) hole(off, end int64) (bool, int64) {
 
 // updateSums computes the checksums of blocks anew from the image.
 func (i *image) updateSums(blocks *extent.Set) error {
-	buf, word := make([]byte, sumBlock), make([]byte, sumSize)
+	buf := make([]byte, sumBlock)
 	for r := range blocks.All() {
-		for n := r.Start; n < r.End; n++ {
-			sum, err := i.sum(n, buf)
+		for n := r.Start; n < r.End; {
+			next, err := i.updateRun(n, r.End, buf)
 			if err != nil {
-				return err
-			}
-			le.PutUint32(word, sum)
-			if _, err := i.sums.WriteAt(word, sumsHeader+sumSize*n); err != nil {
 				return fmt.Errorf("write checksums of disk %d: %w", i.disk.ID, err)
 			}
+			n = next
 		}
 	}
 	return nil
+}
+
+// updateRun computes the checksums of block n or, if a hole begins there, drops
+// those of all blocks within it; it returns the block behind, at most end.
+func (i *image) updateRun(n, end int64, buf []byte) (int64, error) {
+	hole, until := i.hole(n*sumBlock, min(end*sumBlock, i.disk.Size))
+	if until == i.disk.Size {
+		until = end * sumBlock // the last block may be short
+	}
+	if stop := until / sumBlock; hole && stop > n {
+		return stop, vfs.PunchHole(i.sums, sumsHeader+sumSize*n, sumSize*(stop-n))
+	}
+	sum, err := i.sum(n, buf)
+	if err != nil {
+		return n, err
+	}
+	_, err = i.sums.WriteAt(le.AppendUint32(nil, sum), sumsHeader+sumSize*n)
+	return n + 1, err
 }
 
 // sum computes the stored form of the checksum of block n; buf has sumBlock bytes.

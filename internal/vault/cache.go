@@ -72,7 +72,12 @@ func NewCache(bytes int64) *Cache {
 func (c *Cache) Close() { c.index.Unref() }
 
 // owner returns a number that was never given out before.
-func (c *Cache) owner() uint64 { return c.ids.Add(1) }
+func (c *Cache) owner() uint64 {
+	if c == nil { // nothing will be cached
+		return 0
+	}
+	return c.ids.Add(1)
+}
 
 func (c *Cache) shard(k cacheKey) *cacheShard {
 	h := (k.owner*0x9e3779b97f4a7c15 ^ k.at) * 0xbf58476d1ce4e5b9

@@ -229,7 +229,7 @@ func (v *Vault) dropFolded() error {
 	v.folds.Add(1)
 	for _, s := range gone {
 		err := v.index.remove(s.Timeline, s.First, s.Last, func(fn func(placedFrame) error) error {
-			return v.eachFrame(s.key(), fn)
+			return v.segs.each(s.key(), fn)
 		})
 		if err != nil {
 			return err

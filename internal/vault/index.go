@@ -25,7 +25,8 @@ const indexBatch = 1 << 20
 // remove are called by one goroutine per timeline; reading is safe at any time.
 type index struct {
 	db     *pebble.DB
-	broken atomic.Pointer[error] // Pebble gave up in the background
+	broken atomic.Pointer[error] // Pebble failed in the background
+	gone   chan struct{}         // closed once broken is set
 
 	mu struct {
 		sync.Mutex
@@ -71,7 +72,7 @@ func openIndex(fsys vfs.FS, dir string, cache *Cache) (*index, error) {
 }
 
 func tryIndex(fsys vfs.FS, dir string, cache *Cache, readOnly bool) (*index, error) {
-	x := &index{}
+	x := &index{gone: make(chan struct{})}
 	x.mu.lines = map[dr.Timeline]*indexLine{}
 	opts := &pebble.Options{
 		FS: indexFS{fsys}, Cache: cache.index, DisableWAL: true, ReadOnly: readOnly, ErrorIfNotExists: readOnly,
@@ -107,7 +108,9 @@ func (l indexLog) Fatalf(format string, args ...any) { l.x.fail(fmt.Errorf(forma
 
 func (x *index) fail(err error) {
 	err = fmt.Errorf("index failed: %w", err)
-	x.broken.CompareAndSwap(nil, &err)
+	if x.broken.CompareAndSwap(nil, &err) {
+		close(x.gone)
+	}
 }
 
 func (x *index) err() error {
@@ -389,8 +392,13 @@ func (x *index) flush() error {
 	if err := x.err(); err != nil {
 		return err
 	}
-	if err := x.db.Flush(); err != nil {
+	done, err := x.db.AsyncFlush()
+	if err != nil {
 		return fmt.Errorf("flush index: %w", err)
+	}
+	select {
+	case <-done:
+	case <-x.gone: // Pebble tries again for ever
 	}
 	return x.err()
 }

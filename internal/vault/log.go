@@ -213,7 +213,7 @@ func (l *Log) replay(ctx context.Context, after dr.Seq) error {
 		if s.Sealed && s.Last <= after {
 			continue
 		}
-		err := l.v.eachFrame(s.key(), func(p placedFrame) error {
+		err := l.v.segs.each(s.key(), func(p placedFrame) error {
 			if p.frame.Last <= after {
 				return nil
 			}
@@ -228,30 +228,6 @@ func (l *Log) replay(ctx context.Context, after dr.Seq) error {
 		}
 	}
 	return flush()
-}
-
-// eachFrame calls fn for the frames of a segment, in order; only tags have
-// their payload.
-func (v *Vault) eachFrame(k segmentKey, fn func(placedFrame) error) error {
-	s, err := v.segs.acquire(k)
-	if err != nil {
-		return err
-	}
-	defer v.segs.release(s)
-	for _, e := range s.reader.Entries() {
-		read := s.reader.Tables
-		if e.Kind == frame.TagKind {
-			read = s.reader.Frame
-		}
-		f, err := read(e.Off)
-		if err != nil {
-			return s.wrap(e.Off, err)
-		}
-		if err := fn(placedFrame{f, k.First, e.Off}); err != nil {
-			return err
-		}
-	}
-	return nil
 }
 
 // Cursor returns where the log ends, durable or not: what the next frame must

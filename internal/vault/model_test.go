@@ -458,7 +458,12 @@ func TestModel(t *testing.T) {
 				m.held = nil
 			},
 			"time": func(rt *rapid.T) { m.checkTime(rt, rapid.Int64Range(1e9-1, m.src.now+1).Draw(rt, "time")) },
-			"branch": func(rt *rapid.T) { m.stepBranch(rt, position()) },
+			"prove": func(rt *rapid.T) {
+				m.close(rt)
+				m.prove(rt)
+				m.reopened(rt, seed())
+			},
+			"branch":  func(rt *rapid.T) { m.stepBranch(rt, position()) },
 			"discard": func(rt *rapid.T) { m.discard(rt) },
 		})
 		m.checkSpans(rt)
@@ -468,7 +473,17 @@ func TestModel(t *testing.T) {
 		}
 		m.discard(rt)
 		m.close(rt)
+		m.prove(rt)
 	})
+}
+
+// prove checks the closed vault.
+func (m *model) prove(t fataler) {
+	t.Helper()
+	r, err := Check(context.Background(), m.mem, "/vaults/m", nil)
+	if err != nil || r.Findings != nil {
+		t.Fatalf("check: %v, %v", err, r.Findings)
+	}
 }
 
 // checkTime compares the point that a time resolves to.

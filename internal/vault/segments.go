@@ -160,6 +160,30 @@ func (t *segments) close() error {
 	return errors.Join(errs...)
 }
 
+// each calls fn for the frames of a segment, in order; only tags have their
+// payload.
+func (t *segments) each(k segmentKey, fn func(placedFrame) error) error {
+	s, err := t.acquire(k)
+	if err != nil {
+		return err
+	}
+	defer t.release(s)
+	for _, e := range s.reader.Entries() {
+		read := s.reader.Tables
+		if e.Kind == frame.TagKind {
+			read = s.reader.Frame
+		}
+		f, err := read(e.Off)
+		if err != nil {
+			return s.wrap(e.Off, err)
+		}
+		if err := fn(placedFrame{f, k.First, e.Off}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // tables returns header and tables of the frame at off.
 func (s *openSegment) tables(c *Cache, off int64) (*frame.Frame, error) {
 	k := cacheKey{owner: s.owner, at: uint64(off), kind: cachedTables}

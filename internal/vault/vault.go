@@ -213,7 +213,8 @@ func (v *Vault) Close() error {
 		errs = append(errs, i.close())
 	}
 	if v.index != nil {
-		errs = append(errs, v.index.close())
+		// Not needed, but the next Open has nothing to index then.
+		errs = append(errs, v.index.flush(), v.index.close())
 	}
 	if v.ownCache {
 		v.opts.Cache.Close()
