@@ -54,7 +54,7 @@ func TestAccount(t *testing.T) {
 		{"all durable, none there", 10, 0, 10, 10, 10, 0},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			r := &run{scene: &database{log: o}, durable: tc.durable}
+			r := &run{scene: &records{log: o}, durable: tc.durable}
 			r.result.Committed = tc.committed
 			r.expected.Rows, r.expected.OK = tc.recovered, true
 			r.account(tc.point)

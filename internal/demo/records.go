@@ -11,7 +11,7 @@ import (
 )
 
 // recordSize is the length of a record on the disk.
-const recordSize = 16 << 10
+const recordSize = 9 << 10
 
 // recordMagic begins each record.
 const recordMagic = "FARSREC1"

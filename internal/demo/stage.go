@@ -70,7 +70,7 @@ func raise(ctx context.Context, dir, driver, disk string) (s *stage, err error) 
 	if err != nil {
 		return nil, err
 	}
-	if err := s.start("config-server", fmt.Sprintf("data: %%[1]s\nlisten: 127.0.0.1:%d\n", port)); err != nil {
+	if err := s.start("config-server", fmt.Sprintf("data_dir: %%[1]s\nlisten: 127.0.0.1:%d\nreport_every: 200ms\n", port)); err != nil {
 		return s, err
 	}
 	if err := s.connect(ctx); err != nil {
