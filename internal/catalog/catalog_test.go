@@ -364,6 +364,9 @@ func TestTags(t *testing.T) {
 	if got := get(t, c, func(tx *catalog.Tx) ([]catalog.Tag, error) { return tx.TagsWanted(m.ID) }); !reflect.DeepEqual(got, []catalog.Tag{b}) {
 		t.Errorf("wanted: %+v", got)
 	}
+	if got := get(t, c, (*catalog.Tx).TagsPending); !reflect.DeepEqual(got, []catalog.Tag{b}) {
+		t.Errorf("pending: %+v", got)
+	}
 	write(t, c, func(tx *catalog.Tx) error { return tx.ForgetTags(100) })
 	if err := c.Read(t.Context(), func(tx *catalog.Tx) error { _, err := tx.Tag("a"); return err }); !errors.Is(err, dr.ErrNotFound) {
 		t.Errorf("forgotten: %v", err)

@@ -54,6 +54,11 @@ func (t *Tx) TagsWanted(m dr.MachineID) ([]Tag, error) {
 		m.String(), TagWanted)
 }
 
+// TagsPending returns the wanted tags of all machines.
+func (t *Tx) TagsPending() ([]Tag, error) {
+	return list(t, "tags", scanTag, `SELECT `+tagColumns+` FROM tags WHERE state = ?`, TagWanted)
+}
+
 // PlaceTag notes where a wanted tag is durable and which consistency it reached.
 func (t *Tx) PlaceTag(id string, p dr.Position, time int64, c dr.Consistency) error {
 	_, err := t.exec(`UPDATE tags SET state = ?, timeline = ?, seq = ?, time_ns = ?, consistency = ? WHERE id = ? AND state = ?`,

@@ -54,6 +54,7 @@ type Client struct {
 	mu struct {
 		sync.Mutex
 		assignment *farsidev1.Assignment // never nil, never changed in place
+		applied    uint64                // the newest revision that Watch's function has seen
 		http       *http.Client
 		node       farsidev1connect.NodeServiceClient
 	}
@@ -93,6 +94,19 @@ func (c *Client) Assignment() *farsidev1.Assignment {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.mu.assignment
+}
+
+// applied returns the revision that the node works by; 0 for none.
+func (c *Client) applied() uint64 {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.mu.applied
+}
+
+func (c *Client) setApplied(revision uint64) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.mu.applied = revision
 }
 
 // Close ends the client's idle connections.

@@ -19,7 +19,11 @@ func (c *Client) Report(ctx context.Context, fn func() *farsidev1.Report, every 
 	host := Host()
 	var b backoff
 	for ctx.Err() == nil {
+		revision := c.applied() // before fn looks: what fn returns is at least as new
 		if r := fn(); r != nil {
+			if r.AssignmentRevision == 0 {
+				r.AssignmentRevision = revision
+			}
 			if err := c.reportOnce(ctx, r, host); err != nil {
 				c.failed(ctx, "report", err, &b)
 				continue
@@ -62,9 +66,6 @@ func (c *Client) reportOnce(ctx context.Context, r *farsidev1.Report, host *fars
 	}
 	if r.StartedNs == 0 {
 		r.StartedNs = c.started.UnixNano()
-	}
-	if r.AssignmentRevision == 0 {
-		r.AssignmentRevision = c.Assignment().GetRevision()
 	}
 	r.ClockNs = c.now().UnixNano()
 	return c.call(ctx, callTimeout, func(ctx context.Context, node farsidev1connect.NodeServiceClient) error {

@@ -41,6 +41,7 @@ func (b *backoff) reset() { b.failures = 0 }
 func (c *Client) Watch(ctx context.Context, fn func(*farsidev1.Assignment)) error {
 	if a := c.Assignment(); a.GetWork() != nil {
 		fn(a)
+		c.setApplied(a.GetRevision())
 	}
 	var b backoff
 	revision := uint64(0) // what fn has is from disk: ask for the current one at once
@@ -59,6 +60,7 @@ func (c *Client) Watch(ctx context.Context, fn func(*farsidev1.Assignment)) erro
 			revision = a.GetRevision()
 			c.accept(a)
 			fn(c.Assignment())
+			c.setApplied(revision)
 		}
 	}
 	return nil

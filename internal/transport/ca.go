@@ -225,6 +225,19 @@ func RequestedNames(csr []byte) ([]string, error) {
 	return names, nil
 }
 
+// RequestedKey returns the public key, in DER, of a request whose sender has
+// proved to own it. Errors wrap dr.ErrInvalid.
+func RequestedKey(csr []byte) ([]byte, error) {
+	if _, err := publicKeyOf(csr); err != nil {
+		return nil, err
+	}
+	r, err := parseRequest(csr)
+	if err != nil {
+		return nil, err
+	}
+	return r.RawSubjectPublicKeyInfo, nil
+}
+
 func parseRequest(csr []byte) (*x509.CertificateRequest, error) {
 	if len(csr) > maxCertificate {
 		return nil, fmt.Errorf("certificate request of %d bytes: %w", len(csr), dr.ErrInvalid)

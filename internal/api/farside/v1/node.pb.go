@@ -2265,7 +2265,8 @@ type ViewStatus struct {
 	OpenMs        float64                `protobuf:"fixed64,8,opt,name=open_ms,json=openMs,proto3" json:"open_ms,omitempty"` // how long opening took
 	Error         string                 `protobuf:"bytes,9,opt,name=error,proto3" json:"error,omitempty"`
 	BranchBytes   int64                  `protobuf:"varint,10,opt,name=branch_bytes,json=branchBytes,proto3" json:"branch_bytes,omitempty"`
-	Clients       int32                  `protobuf:"varint,11,opt,name=clients,proto3" json:"clients,omitempty"` // connections now
+	Clients       int32                  `protobuf:"varint,11,opt,name=clients,proto3" json:"clients,omitempty"`                     // connections now
+	ErrorKind     string                 `protobuf:"bytes,12,opt,name=error_kind,json=errorKind,proto3" json:"error_kind,omitempty"` // of error, as in ErrorReason
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2375,6 +2376,13 @@ func (x *ViewStatus) GetClients() int32 {
 		return x.Clients
 	}
 	return 0
+}
+
+func (x *ViewStatus) GetErrorKind() string {
+	if x != nil {
+		return x.ErrorKind
+	}
+	return ""
 }
 
 var File_farside_v1_node_proto protoreflect.FileDescriptor
@@ -2586,7 +2594,7 @@ const file_farside_v1_node_proto_rawDesc = "" +
 	"indexBytes\x12\x14\n" +
 	"\x05error\x18\x0e \x01(\tR\x05error\x12'\n" +
 	"\x0fframes_received\x18\x0f \x01(\x03R\x0eframesReceived\x12%\n" +
-	"\x0ebytes_received\x18\x10 \x01(\x03R\rbytesReceived\"\xf2\x02\n" +
+	"\x0ebytes_received\x18\x10 \x01(\x03R\rbytesReceived\"\x91\x03\n" +
 	"\n" +
 	"ViewStatus\x12\x17\n" +
 	"\aview_id\x18\x01 \x01(\tR\x06viewId\x12\x1d\n" +
@@ -2601,7 +2609,9 @@ const file_farside_v1_node_proto_rawDesc = "" +
 	"\x05error\x18\t \x01(\tR\x05error\x12!\n" +
 	"\fbranch_bytes\x18\n" +
 	" \x01(\x03R\vbranchBytes\x12\x18\n" +
-	"\aclients\x18\v \x01(\x05R\aclients2\x85\x02\n" +
+	"\aclients\x18\v \x01(\x05R\aclients\x12\x1d\n" +
+	"\n" +
+	"error_kind\x18\f \x01(\tR\terrorKind2\x85\x02\n" +
 	"\vNodeService\x129\n" +
 	"\x04Join\x12\x17.farside.v1.JoinRequest\x1a\x18.farside.v1.JoinResponse\x12<\n" +
 	"\x05Renew\x12\x18.farside.v1.RenewRequest\x1a\x19.farside.v1.RenewResponse\x12<\n" +
