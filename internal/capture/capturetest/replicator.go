@@ -21,7 +21,7 @@ type Replicator struct {
 
 	src     capture.Source
 	replica map[dr.DiskID][]byte
-	written map[dr.DiskID][]bool // sectors captured since data mode began, while open
+	written map[dr.DiskID][]byte // 1 for each sector captured since data mode began, while open
 	open    bool
 	losts   int
 
@@ -41,9 +41,9 @@ func NewReplicator(src capture.Source) *Replicator {
 }
 
 func (r *Replicator) clearWritten() {
-	r.written = make(map[dr.DiskID][]bool)
+	r.written = make(map[dr.DiskID][]byte)
 	for _, d := range r.src.Disks() {
-		r.written[d.ID] = make([]bool, d.Size/dr.SectorSize)
+		r.written[d.ID] = make([]byte, d.Size/dr.SectorSize)
 	}
 }
 
@@ -102,8 +102,10 @@ func (r *Replicator) apply(e capture.Event) error {
 		}
 		return nil
 	}
-	for s := x.Offset / dr.SectorSize; s < x.End()/dr.SectorSize; s++ {
-		r.written[x.Disk][s] = true
+	fill := r.written[x.Disk][x.Offset/dr.SectorSize : x.End()/dr.SectorSize]
+	fill[0] = 1
+	for n := 1; n < len(fill); n *= 2 {
+		copy(fill[n:], fill[:n])
 	}
 	return nil
 }
@@ -132,15 +134,29 @@ func (r *Replicator) Bulk(limit int64) (int64, error) {
 		if _, err := r.src.ReadAt(buf, x.Disk, x.Offset); err != nil {
 			return sum, err
 		}
-		for off := int64(0); off < x.Length; off += dr.SectorSize {
-			at := x.Offset + off
-			if r.forgetWritten || !r.written[x.Disk][at/dr.SectorSize] {
-				copy(r.replica[x.Disk][at:at+dr.SectorSize], buf[off:])
-			}
-		}
+		r.putBulk(x, buf)
 		sum += x.Length
 	}
 	return sum, nil
+}
+
+// putBulk copies what was read of x, except sectors that were captured.
+func (r *Replicator) putBulk(x dr.Extent, buf []byte) {
+	image := r.replica[x.Disk][x.Offset:x.End()]
+	written := r.written[x.Disk][x.Offset/dr.SectorSize : x.End()/dr.SectorSize]
+	if r.forgetWritten {
+		copy(image, buf)
+		return
+	}
+	for at := 0; at < len(written); {
+		n := bytes.IndexByte(written[at:], 1)
+		if n < 0 {
+			n = len(written) - at
+		}
+		copy(image[at*dr.SectorSize:(at+n)*dr.SectorSize], buf[at*dr.SectorSize:])
+		for at += n; at < len(written) && written[at] == 1; at++ {
+		}
+	}
 }
 
 // Close makes the copy exact: resume, drain, and consume the stream up to its tail of

@@ -89,12 +89,17 @@ func (w *Workload) submit(n int) {
 	}
 }
 
-// Pattern returns n bytes, a multiple of 8, of which every word tells the write
-// and its place in it.
+// Pattern returns n bytes of which every sector, and every started one, tells the
+// write and its place in it.
 func Pattern(write uint64, n int64) []byte {
-	p := make([]byte, n)
-	for i := int64(0); i < n; i += 8 {
-		binary.LittleEndian.PutUint64(p[i:], write<<32|uint64(i)+1)
+	p := make([]byte, (n+dr.SectorSize-1)&^(dr.SectorSize-1))
+	for i := 0; i < dr.SectorSize && i < len(p); i++ {
+		p[i] = byte(write) + byte(i)
 	}
-	return p
+	for off := 0; off < len(p); off += dr.SectorSize {
+		copy(p[off:off+dr.SectorSize], p[:dr.SectorSize])
+		binary.LittleEndian.PutUint64(p[off:], write)
+		binary.LittleEndian.PutUint64(p[off+8:], uint64(off)+1)
+	}
+	return p[:n]
 }

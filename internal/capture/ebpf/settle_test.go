@@ -1,0 +1,120 @@
+//go:build linux && amd64
+
+package ebpf
+
+import (
+	"context"
+	"errors"
+	"testing"
+	"time"
+
+	"github.com/cilium/ebpf"
+
+	"farside/internal/capture/capturetest"
+	"farside/internal/dr"
+)
+
+func TestPending(t *testing.T) {
+	const now = uint64(time.Hour)
+	for _, c := range []struct {
+		age   time.Duration
+		quiet bool
+		want  bool
+	}{
+		{0, false, true},
+		{0, true, true}, // it may wait for a request
+		{quietAge - 1, true, true},
+		{quietAge, true, false},
+		{quietAge, false, true},
+		{giveUpAge - 1, false, true},
+		{giveUpAge, false, false},
+		{-time.Second, true, true}, // submitted after now was read
+	} {
+		if got := pending(now, now-uint64(c.age), giveUpAge, c.quiet); got != c.want {
+			t.Errorf("age %v, quiet %v: %v", c.age, c.quiet, got)
+		}
+	}
+}
+
+// lose notes a write in flight whose completion will never come.
+func lose(t *testing.T, s *source, bio uint64, f flight) {
+	t.Helper()
+	f.Dev = s.devs[0].dev
+	if err := s.prog.objs.Flying.Put(bio, f); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func isNoted(t *testing.T, s *source, bio uint64) bool {
+	t.Helper()
+	var f flight
+	err := s.prog.objs.Flying.Lookup(bio, &f)
+	if err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+		t.Fatal(err)
+	}
+	return err == nil
+}
+
+func TestResumeLostCompletion(t *testing.T) {
+	src := openDisks(t, Options{RingBytes: 1 << 20}, newLoop(t, 8<<20))
+	r := capturetest.NewReplicator(src)
+	closeExact(t, r)
+	for range 600 { // go to bitmap mode and on
+		if _, err := openBlock(t, src.disks[0].Path).WriteAt(capturetest.Pattern(1, 4096), 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	lose(t, src, 1, flight{From: 2048, To: 2056, Left: 4096, Time: monotonic(), State: 1})
+	begin := time.Now()
+	if err := src.Resume(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if d := time.Since(begin); d < quietAge || d > giveUpAge {
+		t.Errorf("resumed after %v", d)
+	}
+	if n := src.Stats().LostCompletions; n != 1 || isNoted(t, src, 1) {
+		t.Errorf("%d lost completions, still noted: %v", n, isNoted(t, src, 1))
+	}
+	capturedUpTo(t, r, src)
+	xs, err := src.TakeDirty(1 << 40)
+	found := false
+	for _, x := range xs {
+		found = found || x.Offset <= 1<<20 && x.End() >= 1<<20+4096
+	}
+	if err != nil || !found {
+		t.Errorf("its range is not dirty: %v, %v", xs, err)
+	}
+}
+
+func TestResumeStops(t *testing.T) {
+	src := openDisks(t, Options{RingBytes: 1 << 20}, newLoop(t, 8<<20))
+	lose(t, src, 1, flight{To: 8, Left: 4096, Time: monotonic() + uint64(time.Hour), State: 99}) // for ever young
+	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	if err := src.Resume(ctx); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("resume: %v", err)
+	}
+	done := make(chan error)
+	go func() { done <- src.Resume(context.Background()) }()
+	time.Sleep(20 * time.Millisecond)
+	if err := src.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-done; !errors.Is(err, dr.ErrUnavailable) {
+		t.Errorf("resume during close: %v", err)
+	}
+}
+
+// TestSweep drops what has been captured long ago and never completed, nothing else.
+func TestSweep(t *testing.T) {
+	loop := newLoop(t, 8<<20)
+	src := openDisks(t, Options{}, loop)
+	closeExact(t, capturetest.NewReplicator(src))
+	src.opened -= min(src.opened, uint64(2*leakAge)) // as if a minute had passed
+	lose(t, src, 1, flight{To: 8, Left: 4096, Time: src.opened, State: 0})
+	lose(t, src, 2, flight{To: 8, Left: 4096, Time: monotonic(), State: 0})
+	src.sweep()
+	if isNoted(t, src, 1) && monotonic() > uint64(2*leakAge) || !isNoted(t, src, 2) {
+		t.Error("sweep dropped the wrong one")
+	}
+}
