@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	"farside/internal/agent"
+	"farside/internal/confserver"
 	"farside/internal/dr"
 	"farside/internal/procserver"
 )
@@ -15,6 +16,7 @@ import (
 // configLoaders are the roles' readers of their configuration files, by the name of the sample.
 var configLoaders = map[string]func(path string) error{
 	"agent":          func(p string) error { _, err := agent.LoadConfig(p); return err },
+	"config-server":  func(p string) error { _, err := confserver.LoadConfig(p); return err },
 	"process-server": func(p string) error { _, err := procserver.LoadConfig(p); return err },
 }
 

@@ -5,6 +5,7 @@ import (
 
 	"farside/internal/agent"
 	"farside/internal/api"
+	"farside/internal/confserver"
 	"farside/internal/procserver"
 )
 
@@ -29,6 +30,8 @@ Start with "farside demo". Exit codes: 0 done, 1 failed, 2 wrong usage or input,
 	root.PersistentFlags().StringVar(&a.context, "context", "", "file that names the configuration server and holds the token (default $"+api.ContextVariable+")")
 	root.AddCommand(
 		newDemo(a),
+		newRole(a, "config-server", "Run a configuration server: catalog, certificates, API",
+			roleRun[confserver.Config]{confserver.LoadConfig, confserver.Run}),
 		newRole(a, "process-server", "Run a process server: takes, keeps and sends on the streams of agents",
 			roleRun[procserver.Config]{procserver.LoadConfig, procserver.Run}),
 		newRole(a, "agent", "Run an agent: captures the writes of this machine's disks",
