@@ -136,3 +136,15 @@ func TestModuleName(t *testing.T) {
 		}
 	}
 }
+
+// TestAccel: whatever the probe says must work.
+func TestAccel(t *testing.T) {
+	m := machine(t)
+	start := time.Now()
+	accel := m.Accel(t.Context(), t.TempDir())
+	t.Logf("%s, found in %v", accel, time.Since(start))
+	report, err := m.Boot(t.Context(), Task{Sum: -1, Accel: accel, Dir: t.TempDir()})
+	if err != nil || !report.Marker {
+		t.Errorf("%s does not work: %v\n%s", accel, err, report.Log)
+	}
+}
