@@ -28,6 +28,8 @@ type Config struct {
 	Spool string `yaml:"spool"`
 	// SpoolLimit bounds the spool of each machine; at least 256 MiB. Default 8 GiB.
 	SpoolLimit dr.Size `yaml:"spool_limit"`
+	// Version is the program's, for reports; the program sets it.
+	Version string `yaml:"-"`
 }
 
 const (

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
-	"runtime/debug"
 	"strings"
 	"sync"
 	"time"
@@ -25,7 +24,7 @@ const reportEvery = time.Second
 // Run is the process server: it serves its assignment until ctx ends. The node
 // must have joined; otherwise the error wraps dr.ErrNotFound.
 func Run(ctx context.Context, cfg Config, log *slog.Logger) error {
-	client, err := control.Open(control.Options{DataDir: cfg.Data, Version: programVersion(), Log: log})
+	client, err := control.Open(control.Options{DataDir: cfg.Data, Version: cfg.Version, Log: log})
 	if err != nil {
 		return fmt.Errorf("process server: %w", err)
 	}
@@ -108,12 +107,4 @@ func dialTarget(id *transport.Identity) dialer {
 		}
 		return nil, errors.Join(errs...)
 	}
-}
-
-// programVersion is the version of the program from its build information.
-func programVersion() string {
-	if info, ok := debug.ReadBuildInfo(); ok {
-		return info.Main.Version
-	}
-	return ""
 }
