@@ -45,25 +45,6 @@ func poll(ctx context.Context, limit time.Duration, what string, done func(ctx c
 // pollEvery is how often the demo asks the configuration server for news.
 const pollEvery = 100 * time.Millisecond
 
-// node waits until a node of the role is there and online.
-func (f *far) node(ctx context.Context, role farsidev1.Role) (*farsidev1.Node, error) {
-	var found *farsidev1.Node
-	err := poll(ctx, 30*time.Second, "wait for a "+role.String(), func(ctx context.Context) (bool, error) {
-		r, err := f.c.ListNodes(ctx, &farsidev1.ListNodesRequest{Role: role})
-		if err != nil {
-			return false, err
-		}
-		for _, n := range r.GetNodes() {
-			if n.GetOnline() {
-				found = n
-				return true, nil
-			}
-		}
-		return false, nil
-	})
-	return found, err
-}
-
 // state returns what is known of the machine.
 func (f *far) state(ctx context.Context) (*farsidev1.Machine, error) {
 	r, err := f.c.GetMachine(ctx, &farsidev1.GetMachineRequest{Machine: f.machine})

@@ -85,8 +85,8 @@ func raise(ctx context.Context, dir, driver, disk string) (s *stage, err error) 
 		}
 	}
 	for _, r := range s.roles(driver, disk) {
-		n, err := s.far.node(ctx, r.join)
-		if err := errors.Join(err, s.ended()); err != nil {
+		n, err := s.online(ctx, r)
+		if err != nil {
 			return s, err
 		}
 		if r.join == farsidev1.Role_ROLE_AGENT {
@@ -143,6 +143,27 @@ func (s *stage) join(ctx context.Context, r role) error {
 		return fmt.Errorf("join the %s: %w: %s", r.verb, err, strings.TrimSpace(string(out)))
 	}
 	return nil
+}
+
+// online waits until the node of a role has reported.
+func (s *stage) online(ctx context.Context, r role) (*farsidev1.Node, error) {
+	var found *farsidev1.Node
+	err := poll(ctx, 30*time.Second, "wait for the "+r.verb, func(ctx context.Context) (bool, error) {
+		if err := s.ended(); err != nil {
+			return false, err
+		}
+		list, err := s.far.c.ListNodes(ctx, &farsidev1.ListNodesRequest{Role: r.join})
+		if err != nil {
+			return false, err
+		}
+		for _, n := range list.GetNodes() {
+			if n.GetOnline() {
+				found = n
+			}
+		}
+		return found != nil, nil
+	})
+	return found, err
 }
 
 // ended says which process has ended that should run.
