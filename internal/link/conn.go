@@ -12,9 +12,9 @@ const (
 	pingEvery   = 5 * time.Second
 	deadAfter   = 20 * time.Second
 	lingerFor   = time.Second // after a refusal, for the sender to read it
-	readBuffer  = 256 << 10
-	writeBuffer = 64 << 10 // header and body leave in one piece
-	groupBytes  = 8 << 20  // frames handed to a sink at once
+	readBuffer  = 32 << 10    // larger bodies bypass it
+	writeBuffer = 64 << 10    // header and body leave in one piece
+	groupBytes  = 8 << 20     // frames handed to a sink at once
 	groupFrames = 256
 )
 

@@ -75,13 +75,13 @@ func (r *receiver) take(body []byte) (*frame.Frame, error) {
 	if err != nil {
 		return nil, err
 	}
+	if err := f.Verify(); err != nil {
+		return nil, err
+	}
 	if err := f.Check(r.at); err != nil {
 		if f.Machine == r.at.Machine && f.Timeline == r.at.Position.Timeline && f.Last <= r.at.Position.Seq {
 			return nil, nil //nolint:nilnil // a repeated frame is neither an error nor a frame
 		}
-		return nil, err
-	}
-	if err := f.Verify(); err != nil {
 		return nil, err
 	}
 	r.at = f.End()

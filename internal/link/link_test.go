@@ -104,6 +104,7 @@ type memSink struct {
 	synced   int
 	progress *Progress
 	fail     error
+	failSync error
 }
 
 func newMemSink() *memSink { return &memSink{at: origin, progress: NewProgress(Ack{})} }
@@ -126,6 +127,9 @@ func (s *memSink) Append(_ context.Context, fs []*frame.Frame) error {
 func (s *memSink) Sync() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.failSync != nil {
+		return s.failSync
+	}
 	s.synced = len(s.got)
 	s.progress.Raise(s.at.Position.Seq, s.at.Position.Seq)
 	return nil
@@ -288,7 +292,12 @@ func raw(t *testing.T, sink *memSink, bodies ...[]byte) (refused error) {
 	for _, body := range bodies {
 		a.Write(message(msgFrame, body))
 	}
-	last, _ := frame.ParseHeader(bodies[len(bodies)-2])
+	last, _ := frame.ParseHeader(bodies[0])
+	for _, body := range bodies {
+		if h, err := frame.ParseHeader(body); err == nil && h.Last > last.Last {
+			last = h
+		}
+	}
 	for refused == nil {
 		typ, body, err := readMessage(a)
 		if err != nil {

@@ -14,7 +14,8 @@ import (
 // Sink takes the frames of a stream. Append and Sync may run at the same
 // time; each is called by one goroutine.
 type Sink interface {
-	// Cursor returns what the first frame must continue. It is called once.
+	// Cursor returns what the first frame must continue. It is called once, after
+	// a Sync, and counts as stored: the sender forgets what lies before it.
 	Cursor() frame.Cursor
 	// Append takes frames that were verified and follow one another. It may
 	// wait for room, until ctx ends.
@@ -39,9 +40,9 @@ type Open func(context.Context, Hello) (Sink, error)
 func Receive(ctx context.Context, conn net.Conn, open Open) error {
 	s := &receiveShell{
 		open: open, conn: conn, w: newWriter(conn), r: bufio.NewReaderSize(liveReader{conn}, readBuffer),
-		appended: make(chan struct{}, 1), ready: make(chan struct{}),
+		appended: make(chan struct{}, 1), ready: make(chan struct{}), readDone: make(chan struct{}), queue: newQueue(),
 	}
-	return fmt.Errorf("receive stream: %w", run(ctx, conn, s.read, s.sync, s.ack, s.w.keepAlive))
+	return fmt.Errorf("receive stream: %w", run(ctx, conn, s.read, s.apply, s.sync, s.ack, s.w.keepAlive))
 }
 
 type receiveShell struct {
@@ -51,12 +52,15 @@ type receiveShell struct {
 	r        *bufio.Reader
 	appended chan struct{} // has a token when there is something to sync
 	ready    chan struct{} // closed when sink is set
+	readDone chan struct{} // closed when read has ended
+	queue    *queue
 
 	sink Sink
-	core receiver
+	core receiver // of read
 }
 
-// refuse tells the sender why and returns err.
+// refuse tells the sender why and returns err. Only read, which owns the
+// receiving direction, may call it; others use refuseBeside.
 func (s *receiveShell) refuse(err error) error {
 	if werr := s.w.write(refusal(err).encode()); werr != nil {
 		return fmt.Errorf("%w (and telling the sender: %w)", err, werr)
@@ -64,6 +68,26 @@ func (s *receiveShell) refuse(err error) error {
 	// Closing with unread bytes would reset the connection, and the refusal be lost.
 	if s.conn.SetReadDeadline(time.Now().Add(lingerFor)) == nil {
 		io.Copy(io.Discard, s.conn) // ends with an error by design
+	}
+	return err
+}
+
+// refuseBeside is refuse while read goes on: it reads to no effect until the sender
+// has gone.
+func (s *receiveShell) refuseBeside(ctx context.Context, err error) error {
+	s.queue.drop(err)
+	if ctx.Err() != nil {
+		return err
+	}
+	if werr := s.w.write(refusal(err).encode()); werr != nil {
+		return fmt.Errorf("%w (and telling the sender: %w)", err, werr)
+	}
+	linger := time.NewTimer(lingerFor)
+	defer linger.Stop()
+	select {
+	case <-s.readDone:
+	case <-linger.C:
+	case <-ctx.Done():
 	}
 	return err
 }
@@ -83,6 +107,9 @@ func (s *receiveShell) greet(ctx context.Context) error {
 	if s.sink, err = s.open(ctx, h); err != nil {
 		return s.refuse(err)
 	}
+	if err := s.sink.Sync(); err != nil {
+		return s.refuse(err)
+	}
 	c := s.sink.Cursor()
 	s.core.at = c
 	if err := s.w.write(encodeWelcome(c, s.sink.Progress().Get().Durable)); err != nil {
@@ -96,52 +123,61 @@ func refusalf(format string, args ...any) *Refused {
 	return &Refused{Code: CodeCorrupt, Text: fmt.Sprintf(format, args...)}
 }
 
+// read takes frames from the connection to the queue.
 func (s *receiveShell) read(ctx context.Context) error {
+	defer close(s.readDone)
 	if err := s.greet(ctx); err != nil {
 		return err
 	}
-	for {
-		group, ended := s.group()
-		if len(group) > 0 {
-			if err := s.sink.Append(ctx, group); err != nil {
-				return s.refuse(err)
-			}
-			select {
-			case s.appended <- struct{}{}:
-			default:
-			}
-		}
-		if ended != nil {
-			return ended
-		}
+	err := s.readFrames(ctx)
+	// What came whole before the connection broke is worth appending.
+	ctx, cancel := context.WithTimeout(ctx, lingerFor)
+	defer cancel()
+	if failed := s.queue.end(ctx); failed != nil {
+		return failed // the sender left because of it
 	}
+	return err
 }
 
-// group reads one frame and those that have arrived behind it. The error comes
-// with the good frames before it.
-func (s *receiveShell) group() (frames []*frame.Frame, err error) {
-	bytes := 0
+func (s *receiveShell) readFrames(ctx context.Context) error {
 	for {
 		t, body, err := readMessage(s.r)
 		if err != nil {
-			return frames, s.explain(err)
+			return s.explain(err)
 		}
 		switch t {
 		case msgPing:
 		case msgFrame:
 			f, err := s.core.take(body)
 			if err != nil {
-				return frames, s.refuse(err)
+				return s.refuse(err)
 			}
-			if f != nil {
-				frames = append(frames, f)
-				bytes += len(body)
+			if f == nil {
+				continue
+			}
+			if err := s.queue.put(ctx, f); err != nil {
+				return err
 			}
 		default:
-			return frames, s.refuse(refusalf("message %d out of turn", t))
+			return s.refuse(refusalf("message %d out of turn", t))
 		}
-		if s.r.Buffered() < headerSize || bytes >= groupBytes || len(frames) >= groupFrames {
-			return frames, nil
+	}
+}
+
+// apply takes frames from the queue to the sink: while one group is appended,
+// the next gathers.
+func (s *receiveShell) apply(ctx context.Context) error {
+	for {
+		group, err := s.queue.take(ctx)
+		if err != nil || len(group) == 0 {
+			return err
+		}
+		if err := s.sink.Append(ctx, group); err != nil {
+			return s.refuseBeside(ctx, err)
+		}
+		select {
+		case s.appended <- struct{}{}:
+		default:
 		}
 	}
 }
@@ -164,7 +200,7 @@ func (s *receiveShell) sync(ctx context.Context) error {
 			return context.Cause(ctx)
 		}
 		if err := s.sink.Sync(); err != nil {
-			return s.refuse(err)
+			return s.refuseBeside(ctx, err)
 		}
 	}
 }
