@@ -2,7 +2,6 @@ package spool
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"sort"
 
@@ -53,11 +52,11 @@ func (s *Spool) ReadFrom(c frame.Cursor) (*Reader, error) {
 // dr.ErrGap when the spool was reset or trimmed past it.
 func (r *Reader) Next(ctx context.Context) (*frame.Frame, error) {
 	for {
-		p, e, changed, err := r.find()
+		from, e, changed, err := r.find()
 		if err != nil {
 			return nil, err
 		}
-		if p == nil {
+		if from == nil {
 			select {
 			case <-changed:
 				continue
@@ -65,10 +64,10 @@ func (r *Reader) Next(ctx context.Context) (*frame.Frame, error) {
 				return nil, context.Cause(ctx)
 			}
 		}
-		f, err := p.reader.Frame(e.Off)
+		f, err := from.Frame(e.Off)
 		if err != nil {
-			if r.gone() {
-				continue // trimmed or reset under our feet: find says which
+			if r.gone(from) {
+				continue // trimmed, reset or healed under our feet: find says which
 			}
 			return nil, fmt.Errorf("read spool: %w", err)
 		}
@@ -78,7 +77,7 @@ func (r *Reader) Next(ctx context.Context) (*frame.Frame, error) {
 }
 
 // find returns where the next frame lies, or the channel to wait on.
-func (r *Reader) find() (*part, segment.Entry, chan struct{}, error) {
+func (r *Reader) find() (*segment.Reader, segment.Entry, chan struct{}, error) {
 	s := r.s
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -93,7 +92,7 @@ func (r *Reader) find() (*part, segment.Entry, chan struct{}, error) {
 	if r.part != nil {
 		if entries := r.part.reader.Entries(); r.at < len(entries) && entries[r.at].First == r.next {
 			r.at++
-			return r.part, entries[r.at-1], nil, nil
+			return r.part.reader, entries[r.at-1], nil, nil
 		}
 	}
 	for _, p := range s.mu.parts {
@@ -103,7 +102,7 @@ func (r *Reader) find() (*part, segment.Entry, chan struct{}, error) {
 		if e, ok := p.reader.Find(r.next); ok && e.First == r.next {
 			entries := p.reader.Entries()
 			r.part, r.at = p, 1+sort.Search(len(entries), func(i int) bool { return entries[i].Last >= e.Last })
-			return p, e, nil, nil
+			return p.reader, e, nil, nil
 		}
 		break
 	}
@@ -111,8 +110,9 @@ func (r *Reader) find() (*part, segment.Entry, chan struct{}, error) {
 }
 
 // gone reports whether the frame that was about to be read is there no more.
-func (r *Reader) gone() bool {
+func (r *Reader) gone(from *segment.Reader) bool {
 	r.part = nil
-	_, _, _, err := r.find()
-	return errors.Is(err, dr.ErrGap) || errors.Is(err, dr.ErrUnavailable)
+	now, _, _, err := r.find()
+	r.part = nil // that find was only a look
+	return now != from || err != nil
 }

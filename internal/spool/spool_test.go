@@ -181,6 +181,10 @@ func TestFullSpoolWaits(t *testing.T) {
 		all := stream(t, origin, 60)
 		done := make(chan error, 1)
 		go func() { done <- s.Append(t.Context(), all) }()
+		synctest.Wait()
+		if !s.Status().Full {
+			t.Error("a full spool must say so")
+		}
 		for i := range all { // the far side takes one frame after the other
 			synctest.Wait()
 			if s.Bytes() > 10_000 {
@@ -335,4 +339,41 @@ func TestConcurrent(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+}
+
+func TestStatus(t *testing.T) {
+	mem, s := fresh(t, Options{SegmentSize: 3000})
+	all := stream(t, origin, 12)
+	must(0, errors.Join(s.Append(t.Context(), all), s.Sync()))
+	size := int64(0)
+	for _, f := range all[5:] {
+		size += f.Size()
+	}
+	must(0, s.Trim(all[4].Last))
+	st := s.Status()
+	if st.Backlog < size || st.Backlog > size+200 || st.Oldest != all[5].FirstTime || st.Durable != all[4].Last || st.DurableTime != all[4].LastTime {
+		t.Errorf("%d bytes behind: %+v", size, st)
+	}
+	must(0, s.Trim(all[11].Last))
+	if st := s.Status(); st.Backlog != 0 || st.Oldest != 0 || st.DurableTime != all[11].LastTime || st.Synced != all[11].End() || st.Bytes != s.Bytes() || st.Full {
+		t.Errorf("all is durable: %+v", st)
+	}
+	must(0, s.Close())
+	if st := open(t, mem, Options{}).Status(); st.Synced != all[11].End() {
+		t.Errorf("opened again: %+v", st)
+	}
+}
+
+// A crash in the very first Reset leaves an empty spool, not a damaged one.
+func TestTornFirstSegment(t *testing.T) {
+	mem, s := fresh(t, Options{})
+	must(0, s.Close())
+	name := "/spool/m/" + must(mem.List("/spool/m"))[0]
+	f := must(mem.OpenFile(name))
+	must(0, errors.Join(f.Truncate(60), f.Close()))
+	again := open(t, mem, Options{})
+	if c, ok := again.Cursor(); ok {
+		t.Errorf("cursor %v of a spool that never began", c)
+	}
+	must(0, again.Reset(origin))
 }

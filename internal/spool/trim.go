@@ -1,0 +1,76 @@
+package spool
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"path"
+
+	"farside/internal/dr"
+	"farside/internal/segment"
+)
+
+// Trim says that the far side holds every frame up to durable, and drops the
+// segments that only have such frames. When that is all there is and the
+// active segment has grown, a fresh one is begun so that the space comes back.
+func (s *Spool) Trim(durable dr.Seq) error {
+	s.mu.Lock()
+	if durable <= s.mu.durable {
+		s.mu.Unlock()
+		return nil
+	}
+	s.mu.durable, s.mu.durableTime = durable, s.timeLocked(durable)
+	s.notifyLocked() // an Append that waits trims by itself
+	s.mu.Unlock()
+	if !s.appending.TryLock() {
+		return s.dropDurable()
+	}
+	defer s.appending.Unlock()
+	return s.trimAppending()
+}
+
+// trimAppending is the work of Trim for whoever holds appending.
+func (s *Spool) trimAppending() error {
+	if w := s.worthRolling(); w != nil {
+		if _, err := s.roll(w); err != nil {
+			return fmt.Errorf("trim spool: %w", err)
+		}
+	}
+	return s.dropDurable()
+}
+
+// worthRolling returns the active segment if all its frames are durable on the
+// far side and it has grown.
+func (s *Spool) worthRolling() *segment.Writer {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	w := s.mu.writer
+	if w == nil || s.mu.broken || w.Size() < min(s.opts.SegmentSize, max(s.opts.Limit/4, 1<<20)) || w.Reader().End().Position.Seq > s.mu.durable {
+		return nil
+	}
+	return w
+}
+
+// dropDurable drops the oldest segments that the far side has.
+func (s *Spool) dropDurable() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	dropped := false
+	for len(s.mu.parts) > 1 && s.mu.parts[0].reader.End().Position.Seq <= s.mu.durable {
+		p := s.mu.parts[0]
+		err := s.fs.Remove(path.Join(s.dir, p.name))
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("trim spool: %w", err)
+		}
+		_ = p.reader.Close() // it only read
+		s.mu.parts = s.mu.parts[1:]
+		dropped = true
+		s.notifyLocked()
+	}
+	if dropped {
+		if err := s.fs.SyncDir(s.dir); err != nil {
+			return fmt.Errorf("trim spool: %w", err)
+		}
+	}
+	return nil
+}
