@@ -111,11 +111,12 @@ func (l *Log) roll(f *frame.Frame) error {
 	if err != nil {
 		return fmt.Errorf("create segment: %w", err)
 	}
-	err = l.v.update(func(m *manifest) {
+	err = l.v.update(func(m *manifest) error {
 		if w != nil {
 			m.addSegment(sealed)
 		}
 		m.addSegment(next)
+		return nil
 	})
 	if err != nil {
 		return errors.Join(err, fresh.Close())

@@ -19,9 +19,10 @@ type Branch struct {
 	state *State
 }
 
-// NewBranch makes a branch at a recovery point of the vault. Errors wrap
-// dr.ErrNoPoint.
-func (v *Vault) NewBranch(p dr.Position) (*Branch, error) {
+// NewBranch makes a branch at a recovery point of the vault. Its timeline is
+// tl, a number above all that the vault has seen, or chosen if tl is 0. Errors wrap
+// dr.ErrNoPoint or dr.ErrInvalid.
+func (v *Vault) NewBranch(p dr.Position, tl dr.Timeline) (*Branch, error) {
 	at, err := v.At(p) // holds the horizon until the manifest names the fork
 	if err != nil {
 		return nil, err
@@ -30,11 +31,17 @@ func (v *Vault) NewBranch(p dr.Position) (*Branch, error) {
 	// The fork is named by the timeline that holds the position.
 	links := v.manifest.Load().links(p.Timeline, p.Seq)
 	fork := dr.Position{Timeline: links[0].timeline, Seq: links[0].through}
-	var t timelineInfo
-	err = v.update(func(m *manifest) {
-		t = timelineInfo{ID: m.Next, Parent: fork.Timeline, Fork: fork.Seq, ForkTime: at.point.Time}
-		m.Next++
+	t := timelineInfo{ID: tl, Parent: fork.Timeline, Fork: fork.Seq, ForkTime: at.point.Time}
+	err = v.update(func(m *manifest) error {
+		switch {
+		case tl == 0:
+			t.ID = m.Next
+		case tl < m.Next:
+			return fmt.Errorf("timeline %d was used before: %w", tl, dr.ErrInvalid)
+		}
+		m.Next = t.ID + 1
 		m.Timelines = append(m.Timelines, t)
+		return nil
 	})
 	if err != nil {
 		return nil, fmt.Errorf("make branch at %v: %w", p, err)
@@ -130,9 +137,10 @@ func (v *Vault) DiscardBranch(tl dr.Timeline) error {
 	v.mu.Unlock()
 	gone := slices.Clone(m.segments(tl))
 	// The manifest first: what is left behind after a crash is swept up by Open.
-	err := v.update(func(m *manifest) {
+	err := v.update(func(m *manifest) error {
 		m.Timelines = slices.DeleteFunc(m.Timelines, func(t timelineInfo) bool { return t.ID == tl })
 		m.Segments = slices.DeleteFunc(m.Segments, func(s segmentInfo) bool { return s.Timeline == tl })
+		return nil
 	})
 	if err != nil {
 		return fmt.Errorf("discard timeline %d: %w", tl, err)
@@ -146,4 +154,13 @@ func (v *Vault) DiscardBranch(tl dr.Timeline) error {
 		return fmt.Errorf("discard timeline %d: %w", tl, err)
 	}
 	return nil
+}
+
+// Fork returns the point at which a branch starts; zero if there is no such
+// branch.
+func (v *Vault) Fork(tl dr.Timeline) dr.RecoveryPoint {
+	t, _ := v.manifest.Load().timeline(tl)
+	return dr.RecoveryPoint{
+		Position: dr.Position{Timeline: t.Parent, Seq: t.Fork}, Time: t.ForkTime, Accuracy: dr.Exact, Consistency: dr.Crash,
+	}
 }

@@ -72,7 +72,7 @@ func (m *model) workBranch() error {
 	if err != nil {
 		return err
 	}
-	b, err := m.v.NewBranch(p.Position)
+	b, err := m.v.NewBranch(p.Position, 0)
 	if err != nil {
 		return err
 	}

@@ -61,8 +61,9 @@ func (v *Vault) planFold(time int64) (int, error) {
 	if n == 0 {
 		return 0, nil
 	}
-	return n, v.update(func(m *manifest) {
+	return n, v.update(func(m *manifest) error {
 		m.Horizon, m.HorizonTime, m.HorizonPoint = last.Last, last.LastTime, true
+		return nil
 	})
 }
 
@@ -91,7 +92,10 @@ func (v *Vault) finishFold(ctx context.Context) error {
 		}
 		last := m.segments(m.BaseTimeline)
 		i := slices.IndexFunc(last, func(s segmentInfo) bool { return s.Last == m.Horizon })
-		err := v.update(func(m *manifest) { m.Base, m.BaseTime, m.BaseChain = m.Horizon, m.HorizonTime, last[i].Chain })
+		err := v.update(func(m *manifest) error {
+			m.Base, m.BaseTime, m.BaseChain = m.Horizon, m.HorizonTime, last[i].Chain
+			return nil
+		})
 		if err != nil {
 			return err
 		}
@@ -238,10 +242,11 @@ func (v *Vault) dropFolded() error {
 	if err := v.index.flush(); err != nil {
 		return err
 	}
-	err := v.update(func(m *manifest) {
+	err := v.update(func(m *manifest) error {
 		m.Segments = slices.DeleteFunc(m.Segments, func(s segmentInfo) bool {
 			return s.Timeline == m.BaseTimeline && s.Sealed && s.Last <= m.Base
 		})
+		return nil
 	})
 	if err != nil {
 		return err

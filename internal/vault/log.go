@@ -154,7 +154,10 @@ func (l *Log) openActive(s segmentInfo) error {
 			return err
 		}
 		l.mu.head = info.end(l.v.Machine())
-		return l.v.update(func(m *manifest) { m.addSegment(info) })
+		return l.v.update(func(m *manifest) error {
+			m.addSegment(info)
+			return nil
+		})
 	}
 	if err == nil {
 		if err := r.Close(); err != nil {
@@ -258,4 +261,14 @@ func (l *Log) close() error {
 	err := l.mu.writer.Close()
 	l.mu.writer = nil
 	return err
+}
+
+// activeBytes returns the durable size of the active segment.
+func (l *Log) activeBytes() int64 {
+	if l == nil {
+		return 0
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.mu.safe
 }

@@ -532,7 +532,7 @@ func (m *model) checkSpans(t fataler) {
 // stepBranch makes a branch or writes to the one that is there.
 func (m *model) stepBranch(t fataler, at dr.Seq) {
 	if m.branch == nil {
-		b, err := m.v.NewBranch(dr.Position{Timeline: 1, Seq: at})
+		b, err := m.v.NewBranch(dr.Position{Timeline: 1, Seq: at}, 0)
 		if errors.Is(err, dr.ErrNoPoint) {
 			return
 		}

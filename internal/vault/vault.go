@@ -223,12 +223,15 @@ func (v *Vault) Close() error {
 	return errors.Join(errs...)
 }
 
-// update replaces the manifest by a changed clone, durably.
-func (v *Vault) update(change func(*manifest)) error {
+// update replaces the manifest by a changed clone, durably; an error of change
+// is returned and changes nothing.
+func (v *Vault) update(change func(*manifest) error) error {
 	v.manifestMu.Lock()
 	defer v.manifestMu.Unlock()
 	m := v.manifest.Load().clone()
-	change(m)
+	if err := change(m); err != nil {
+		return err
+	}
 	if err := storeManifest(v.fs, v.dir, m); err != nil {
 		return err
 	}
@@ -255,10 +258,11 @@ func (v *Vault) AddDisk(d dr.Disk) error {
 	if err := v.makeImage(d); err != nil {
 		return err
 	}
-	err := v.update(func(m *manifest) {
+	err := v.update(func(m *manifest) error {
 		m.Disks = slices.DeleteFunc(m.Disks, func(x dr.Disk) bool { return x.ID == d.ID })
 		m.Disks = append(m.Disks, d)
 		slices.SortFunc(m.Disks, func(a, b dr.Disk) int { return int(a.ID) - int(b.ID) })
+		return nil
 	})
 	if err != nil {
 		return fmt.Errorf("add disk %d: %w", d.ID, err)
@@ -286,19 +290,38 @@ func (v *Vault) log(tl dr.Timeline) *Log {
 // Head returns where the durable stream of the machine ends.
 func (v *Vault) Head() frame.Cursor { return v.Log().Durable() }
 
-// Stats are the sizes of a vault.
+// Stats are the sizes of a vault, in bytes.
 type Stats struct {
-	Segments int   // of all timelines
-	LogBytes int64 // in sealed segments
-	Branches int
+	LogBytes    int64                 // sealed segments of the machine's stream
+	BaseBytes   int64                 // that the base images occupy
+	IndexBytes  int64                 // that the index occupies
+	BranchBytes map[dr.Timeline]int64 // segments of each branch
 }
 
 // Stats returns the sizes of the vault.
 func (v *Vault) Stats() Stats {
 	m := v.manifest.Load()
-	s := Stats{Segments: len(m.Segments), Branches: len(m.Timelines) - 1}
+	s := Stats{BranchBytes: map[dr.Timeline]int64{}, IndexBytes: int64(v.index.db.Metrics().DiskSpaceUsage())}
 	for _, seg := range m.Segments {
-		s.LogBytes += seg.Size
+		if seg.Timeline == m.Current || seg.Timeline == m.BaseTimeline {
+			s.LogBytes += seg.Size
+		} else {
+			s.BranchBytes[seg.Timeline] += seg.Size
+		}
+	}
+	for _, tl := range v.Branches() {
+		s.BranchBytes[tl] += v.log(tl).activeBytes()
+	}
+	s.LogBytes += v.Log().activeBytes()
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	for _, i := range v.mu.images {
+		if a, ok := i.file.(vfs.AllocatedSizer); ok {
+			n, err := a.AllocatedBytes()
+			if err == nil {
+				s.BaseBytes += n
+			}
+		}
 	}
 	return s
 }

@@ -56,10 +56,11 @@ func Open(v *vault.Vault, p dr.Position) (*View, error) {
 	return &View{vault: v, state: s}, nil
 }
 
-// OpenWritable opens a recovery point on a new branch. Errors wrap
-// dr.ErrNoPoint.
-func OpenWritable(v *vault.Vault, p dr.Position) (*View, error) {
-	b, err := v.NewBranch(p)
+// OpenWritable opens a recovery point on a new branch with the number tl, which
+// the vault has not seen before; 0 lets the vault choose. Errors wrap dr.ErrNoPoint
+// or dr.ErrInvalid.
+func OpenWritable(v *vault.Vault, p dr.Position, tl dr.Timeline) (*View, error) {
+	b, err := v.NewBranch(p, tl)
 	if err != nil {
 		return nil, err
 	}

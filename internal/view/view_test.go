@@ -110,7 +110,7 @@ func TestReadOnly(t *testing.T) {
 	}
 	for _, open := range []func() error{
 		func() error { _, err := Open(v, dr.Position{Timeline: 1, Seq: 9999}); return err },
-		func() error { _, err := OpenWritable(v, dr.Position{Timeline: 1, Seq: 9999}); return err },
+		func() error { _, err := OpenWritable(v, dr.Position{Timeline: 1, Seq: 9999}, 0); return err },
 	} {
 		if err := open(); !errors.Is(err, dr.ErrNoPoint) {
 			t.Errorf("open what is no point: %v", err)
@@ -125,7 +125,7 @@ func TestReadOnly(t *testing.T) {
 func TestModel(t *testing.T) {
 	rapid.Check(t, func(rt *rapid.T) {
 		mem, v := newVault(rt)
-		w, err := OpenWritable(v, dr.Position{Timeline: 1, Seq: 2048})
+		w, err := OpenWritable(v, dr.Position{Timeline: 1, Seq: 2048}, 0)
 		if err != nil {
 			rt.Fatalf("open: %v", err)
 		}
@@ -251,7 +251,7 @@ func differ(a, b []byte) int {
 func TestConcurrent(t *testing.T) {
 	_, v := newVault(t)
 	defer v.Close()
-	w, err := OpenWritable(v, dr.Position{Timeline: 1, Seq: 2048})
+	w, err := OpenWritable(v, dr.Position{Timeline: 1, Seq: 2048}, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -309,8 +309,8 @@ func TestBranchesApart(t *testing.T) {
 	_, v := newVault(t)
 	defer v.Close()
 	at := dr.Position{Timeline: 1, Seq: 1500}
-	a, err1 := OpenWritable(v, at)
-	b, err2 := OpenWritable(v, at)
+	a, err1 := OpenWritable(v, at, 0)
+	b, err2 := OpenWritable(v, at, 0)
 	ro, err3 := Open(v, at)
 	if err := errors.Join(err1, err2, err3); err != nil {
 		t.Fatal(err)
@@ -366,7 +366,7 @@ func TestFlushFails(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	w, err := OpenWritable(v, dr.Position{Timeline: 1, Seq: 2048})
+	w, err := OpenWritable(v, dr.Position{Timeline: 1, Seq: 2048}, 0)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -1,0 +1,119 @@
+package mastertarget
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"path/filepath"
+	"time"
+
+	"go.yaml.in/yaml/v3"
+
+	"farside/internal/dr"
+)
+
+// Config is the master target's configuration file. Which machines it keeps is
+// not in it: the configuration server says that.
+type Config struct {
+	// Data is the directory of the identity.
+	Data string `yaml:"data"`
+	// Vaults is the directory of the replicated data. Default: vaults in Data.
+	Vaults string `yaml:"vaults"`
+	// Listen is host:port for the streams of process servers. Port 0 chooses one.
+	Listen string `yaml:"listen"`
+	// Advertise is host:port at which process servers reach Listen. Default: the
+	// address listened on.
+	Advertise string `yaml:"advertise"`
+	// Cache bounds the memory for reading views and indexes; at least 16 MiB.
+	// Default 256 MiB.
+	Cache dr.Size `yaml:"cache"`
+	// History is how far back a machine can be opened if its assignment does not
+	// say. Default 24h.
+	History time.Duration `yaml:"history"`
+	// NBD says where views are exported.
+	NBD NBDConfig `yaml:"nbd"`
+	// Version is the program's, for reports; the program sets it.
+	Version string `yaml:"-"`
+}
+
+// NBDConfig says where views are exported.
+type NBDConfig struct {
+	// Socket is a Unix socket for clients on this machine, in the clear. Default:
+	// nbd.sock in Data.
+	Socket string `yaml:"socket"`
+	// Listen is host:port for clients with a certificate, over TLS. Empty: none.
+	Listen string `yaml:"listen"`
+	// Host stands in the URIs of Listen. Default: the host listened on.
+	Host string `yaml:"host"`
+}
+
+const (
+	minCache     = 16 << 20
+	defaultCache = 256 << 20
+
+	defaultHistory = 24 * time.Hour
+	maxSocketPath  = 107 // bytes; what Linux allows
+)
+
+// LoadConfig reads the configuration file. Unknown keys are refused. Errors
+// wrap dr.ErrInvalid or are those of reading the file.
+func LoadConfig(path string) (Config, error) {
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return Config{}, fmt.Errorf("read configuration: %w", err)
+	}
+	c, err := ParseConfig(b)
+	if err != nil {
+		return Config{}, fmt.Errorf("configuration %s: %w", path, err)
+	}
+	return c, nil
+}
+
+// ParseConfig reads a configuration and fills the defaults in. Errors wrap
+// dr.ErrInvalid.
+func ParseConfig(b []byte) (Config, error) {
+	c := Config{Cache: defaultCache, History: defaultHistory}
+	d := yaml.NewDecoder(bytes.NewReader(b))
+	d.KnownFields(true)
+	if err := d.Decode(&c); err != nil && !errors.Is(err, io.EOF) {
+		return Config{}, fmt.Errorf("parse: %w: %w", err, dr.ErrInvalid)
+	}
+	if c.Vaults == "" {
+		c.Vaults = filepath.Join(c.Data, "vaults")
+	}
+	if c.NBD.Socket == "" {
+		c.NBD.Socket = filepath.Join(c.Data, "nbd.sock")
+	}
+	return c, c.check()
+}
+
+func (c *Config) check() error {
+	if c.Data == "" {
+		return fmt.Errorf("data: a directory is missing: %w", dr.ErrInvalid)
+	}
+	for _, a := range []struct {
+		key, addr string
+		optional  bool
+	}{{"listen", c.Listen, false}, {"advertise", c.Advertise, true}, {"nbd.listen", c.NBD.Listen, true}} {
+		if a.optional && a.addr == "" {
+			continue
+		}
+		if _, _, err := net.SplitHostPort(a.addr); err != nil {
+			return fmt.Errorf("%s: want host:port, not %q: %w", a.key, a.addr, dr.ErrInvalid)
+		}
+	}
+	if c.Cache < minCache {
+		return fmt.Errorf("cache: %v is less than %v: %w", c.Cache, dr.Size(minCache), dr.ErrInvalid)
+	}
+	if c.History <= 0 {
+		return fmt.Errorf("history: %v is no time: %w", c.History, dr.ErrInvalid)
+	}
+	if len(c.NBD.Socket) > maxSocketPath {
+		return fmt.Errorf("nbd.socket: %s is longer than the %d bytes that a socket's path may have: %w",
+			c.NBD.Socket, maxSocketPath, dr.ErrInvalid)
+	}
+	return nil
+}
