@@ -97,6 +97,7 @@ func post(t *testing.T, s *site, c credentials, path string) (status int, code s
 
 // TestAccess makes each call with each kind of credentials.
 func TestAccess(t *testing.T) {
+	t.Parallel()
 	s := newSite(t)
 	agent, process := s.join(transport.RoleAgent, "a"), s.join(transport.RoleProcessServer, "p")
 	gone := s.join(transport.RoleMasterTarget, "gone")
@@ -175,6 +176,7 @@ func TestAccess(t *testing.T) {
 }
 
 func TestExpiredCertificate(t *testing.T) {
+	t.Parallel()
 	s := newSite(t)
 	n := s.join(transport.RoleProcessServer, "p")
 	if _, err := n.Watch(t.Context(), &farsidev1.WatchRequest{}); err != nil {
@@ -187,6 +189,7 @@ func TestExpiredCertificate(t *testing.T) {
 }
 
 func TestGarbageBodies(t *testing.T) {
+	t.Parallel()
 	s := newSite(t)
 	n := s.join(transport.RoleProcessServer, "p")
 	tr := &http.Transport{TLSClientConfig: n.id.ClientConfig(transport.RoleConfigServer)}

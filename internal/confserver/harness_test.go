@@ -2,6 +2,7 @@ package confserver
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"log/slog"
 	"net"
@@ -48,6 +49,7 @@ type site struct {
 	config Config
 	clock  *testClock
 	stop   func()
+	conns  []*http.Transport // of nodes; the server waits a second for those that are open
 }
 
 func freePort(t *testing.T) string {
@@ -75,6 +77,12 @@ func (s *site) start() {
 	done := make(chan error, 1)
 	go func() { done <- run(ctx, s.config, slog.New(slog.DiscardHandler), s.clock.now) }()
 	s.stop = sync.OnceFunc(func() {
+		if s.Client != nil {
+			s.Client.Close()
+		}
+		for _, c := range s.conns {
+			c.CloseIdleConnections()
+		}
 		cancel()
 		if err := <-done; err != nil {
 			s.t.Errorf("server ended with %v", err)
@@ -139,14 +147,14 @@ func (s *site) join(role, name string) *testNode {
 	if n.id, err = transport.LoadIdentity(n.dir, s.clock.now); err != nil {
 		s.t.Fatal(err)
 	}
-	n.NodeServiceClient = nodeClient(s.t, s.config.Listen, n.id)
+	n.NodeServiceClient = s.nodeClient(n.id.ClientConfig(transport.RoleConfigServer))
 	return n
 }
 
-func nodeClient(t *testing.T, addr string, id *transport.Identity) farsidev1connect.NodeServiceClient {
-	tr := &http.Transport{TLSClientConfig: id.ClientConfig(transport.RoleConfigServer), ForceAttemptHTTP2: true}
-	t.Cleanup(tr.CloseIdleConnections)
-	return farsidev1connect.NewNodeServiceClient(&http.Client{Transport: tr}, "https://"+addr)
+func (s *site) nodeClient(config *tls.Config) farsidev1connect.NodeServiceClient {
+	tr := &http.Transport{TLSClientConfig: config, ForceAttemptHTTP2: true}
+	s.conns = append(s.conns, tr)
+	return farsidev1connect.NewNodeServiceClient(&http.Client{Transport: tr}, "https://"+s.config.Listen)
 }
 
 func (n *testNode) String() string { return n.id.Peer().Node.String() }

@@ -4,7 +4,6 @@ import (
 	"context"
 	"crypto/x509"
 	"errors"
-	"net/http"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -26,9 +25,7 @@ func (s *site) stranger(token string) farsidev1connect.NodeServiceClient {
 	if err != nil {
 		s.t.Fatal(err)
 	}
-	tr := &http.Transport{TLSClientConfig: tok.JoinConfig(s.clock.now), ForceAttemptHTTP2: true}
-	s.t.Cleanup(tr.CloseIdleConnections)
-	return farsidev1connect.NewNodeServiceClient(&http.Client{Transport: tr}, "https://"+s.config.Listen)
+	return s.nodeClient(tok.JoinConfig(s.clock.now))
 }
 
 func request(t *testing.T, names ...string) []byte {
@@ -41,6 +38,7 @@ func request(t *testing.T, names ...string) []byte {
 }
 
 func TestJoin(t *testing.T) {
+	t.Parallel()
 	s := newSite(t)
 	token := s.token(transport.RoleAgent, "")
 	node := s.stranger(token)
@@ -101,6 +99,7 @@ func TestJoin(t *testing.T) {
 }
 
 func TestJoinTokenExpires(t *testing.T) {
+	t.Parallel()
 	s := newSite(t)
 	token := s.token(transport.RoleProcessServer, "")
 	s.clock.advance(defaultTokenLife)
@@ -114,6 +113,7 @@ func TestJoinTokenExpires(t *testing.T) {
 }
 
 func TestCreateTokenRefuses(t *testing.T) {
+	t.Parallel()
 	s := newSite(t)
 	for name, req := range map[string]*farsidev1.CreateTokenRequest{
 		"no role":       {},
@@ -131,6 +131,7 @@ func TestCreateTokenRefuses(t *testing.T) {
 
 // TestControlJoin joins as a node does, including what it checks by itself.
 func TestControlJoin(t *testing.T) {
+	t.Parallel()
 	s, other := newSite(t), newSite(t)
 	token := s.token(transport.RoleMasterTarget, "mt")
 	dir := filepath.Join(t.TempDir(), "mt")
@@ -180,6 +181,7 @@ func TestControlJoin(t *testing.T) {
 
 // TestNamesOnlyForTargets: the certificates of other roles name no hosts, whatever they ask for.
 func TestNamesOnlyForTargets(t *testing.T) {
+	t.Parallel()
 	s := newSite(t)
 	token := s.token(transport.RoleAgent, "")
 	r, err := s.stranger(token).Join(t.Context(), &farsidev1.JoinRequest{
@@ -195,6 +197,7 @@ func TestNamesOnlyForTargets(t *testing.T) {
 }
 
 func TestRenew(t *testing.T) {
+	t.Parallel()
 	s := newSite(t)
 	n := s.join(transport.RoleAgent, "a")
 	r, err := n.Renew(t.Context(), &farsidev1.RenewRequest{Csr: request(t)})
@@ -213,6 +216,7 @@ func TestRenew(t *testing.T) {
 }
 
 func TestIssueClientCertificate(t *testing.T) {
+	t.Parallel()
 	s := newSite(t)
 	r, err := s.IssueClientCertificate(t.Context(), &farsidev1.IssueClientCertificateRequest{Csr: request(t, "evil.example"), TtlSeconds: 60})
 	if err != nil {
@@ -236,6 +240,7 @@ func TestIssueClientCertificate(t *testing.T) {
 }
 
 func TestAdminFile(t *testing.T) {
+	t.Parallel()
 	s := newSite(t)
 	name := filepath.Join(s.config.DataDir, adminFile)
 	first, err := api.LoadContext(name)
@@ -269,6 +274,7 @@ func TestAdminFile(t *testing.T) {
 }
 
 func TestRunRefuses(t *testing.T) {
+	t.Parallel()
 	s := newSite(t)
 	if err := Run(t.Context(), Config{}, discard()); !errors.Is(err, dr.ErrInvalid) {
 		t.Errorf("empty configuration: %v", err)

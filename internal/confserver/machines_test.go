@@ -21,6 +21,7 @@ func discard() *slog.Logger { return slog.New(slog.DiscardHandler) }
 func removeFile(name string) error { return os.Remove(name) }
 
 func TestProtect(t *testing.T) {
+	t.Parallel()
 	s := newSite(t)
 	f := s.fleet()
 	r, err := s.ProtectMachine(t.Context(), &farsidev1.ProtectMachineRequest{
@@ -73,6 +74,7 @@ func TestProtect(t *testing.T) {
 }
 
 func TestProtectRefuses(t *testing.T) {
+	t.Parallel()
 	s := newSite(t)
 	agent := s.join(transport.RoleAgent, "web")
 	protect := func(change func(*farsidev1.ProtectMachineRequest)) error {
@@ -128,6 +130,7 @@ func TestProtectRefuses(t *testing.T) {
 }
 
 func TestPlacement(t *testing.T) {
+	t.Parallel()
 	s := newSite(t)
 	busy, idle := s.join(transport.RoleProcessServer, "busy"), s.join(transport.RoleProcessServer, "idle")
 	dead := s.join(transport.RoleProcessServer, "dead")
@@ -157,6 +160,7 @@ func TestPlacement(t *testing.T) {
 }
 
 func TestUnprotect(t *testing.T) {
+	t.Parallel()
 	s := newSite(t)
 	f := s.protected()
 	r, err := s.UnprotectMachine(t.Context(), &farsidev1.UnprotectMachineRequest{Machine: "web"})
@@ -175,6 +179,7 @@ func TestUnprotect(t *testing.T) {
 
 // TestRestart: everything is as before when the server comes back on the same data.
 func TestRestart(t *testing.T) {
+	t.Parallel()
 	s := newSite(t)
 	f := s.protected()
 	before := []*farsidev1.Assignment{f.agent.assignment(), f.process.assignment(), f.target.assignment()}
@@ -199,6 +204,7 @@ func TestRestart(t *testing.T) {
 }
 
 func TestHostileNames(t *testing.T) {
+	t.Parallel()
 	s := newSite(t)
 	for _, name := range []string{strings.Repeat("ß", 300), "日本語サーバー", "<script>alert(1)</script>", "'; DROP TABLE nodes; --", "‮gnp.exe", "a/b\\c%00?#"} {
 		agent := s.join(transport.RoleAgent, name)
@@ -229,6 +235,7 @@ func TestHostileNames(t *testing.T) {
 }
 
 func TestWatchWakesUp(t *testing.T) {
+	t.Parallel()
 	s := newSite(t)
 	f := s.fleet()
 	revision := f.agent.assignment().GetRevision()
@@ -271,6 +278,7 @@ func TestWatchWakesUp(t *testing.T) {
 
 // TestStopEndsLongPolls: the server does not wait for those who wait.
 func TestStopEndsLongPolls(t *testing.T) {
+	t.Parallel()
 	s := newSite(t)
 	n := s.join(transport.RoleProcessServer, "p")
 	revision := n.assignment().GetRevision()

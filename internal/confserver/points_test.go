@@ -47,6 +47,7 @@ func (s *site) tag(f fleet, req *farsidev1.TagPointRequest) (*farsidev1.TagReque
 }
 
 func TestTagPoint(t *testing.T) {
+	t.Parallel()
 	s := newSite(t)
 	f := s.protected()
 	wanted, done := s.tag(f, &farsidev1.TagPointRequest{Machine: "web", Name: "vor dem Würfel", Consistency: farsidev1.Consistency_CONSISTENCY_APPLICATION})
@@ -84,6 +85,7 @@ func TestTagPoint(t *testing.T) {
 }
 
 func TestTagPointFails(t *testing.T) {
+	t.Parallel()
 	s := newSite(t)
 	f := s.protected()
 	wanted, done := s.tag(f, &farsidev1.TagPointRequest{Machine: "web", Name: "x"})
@@ -157,6 +159,7 @@ func (f fleet) serveViews(fn func(*farsidev1.ViewAssignment, *farsidev1.ViewStat
 }
 
 func TestViews(t *testing.T) {
+	t.Parallel()
 	s := newSite(t)
 	f := s.protected()
 	f.serveViews(func(v *farsidev1.ViewAssignment, st *farsidev1.ViewStatus) {
@@ -215,6 +218,7 @@ func (s *site) views(machine string) []*farsidev1.View {
 }
 
 func TestViewsRefuse(t *testing.T) {
+	t.Parallel()
 	s := newSite(t)
 	f := s.fleet()
 	_, err := s.OpenView(t.Context(), &farsidev1.OpenViewRequest{Machine: "web"})
@@ -262,6 +266,7 @@ func TestViewsRefuse(t *testing.T) {
 }
 
 func TestReportRefuses(t *testing.T) {
+	t.Parallel()
 	s := newSite(t)
 	f := s.fleet()
 	for name, tc := range map[string]struct {
@@ -283,6 +288,7 @@ func TestReportRefuses(t *testing.T) {
 
 // TestLateReport: a report that was overtaken by a newer one changes nothing.
 func TestLateReport(t *testing.T) {
+	t.Parallel()
 	s := newSite(t)
 	f := s.fleet()
 	send := func(clock int64, phase farsidev1.Phase) {

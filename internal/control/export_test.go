@@ -1,0 +1,4 @@
+package control
+
+// SaveAssignment is for tests that make a data directory without joining.
+var SaveAssignment = saveAssignment
