@@ -10,6 +10,7 @@ import (
 	"farside/internal/agent"
 	"farside/internal/confserver"
 	"farside/internal/dr"
+	"farside/internal/mastertarget"
 	"farside/internal/procserver"
 )
 
@@ -17,6 +18,7 @@ import (
 var configLoaders = map[string]func(path string) error{
 	"agent":          func(p string) error { _, err := agent.LoadConfig(p); return err },
 	"config-server":  func(p string) error { _, err := confserver.LoadConfig(p); return err },
+	"master-target":  func(p string) error { _, err := mastertarget.LoadConfig(p); return err },
 	"process-server": func(p string) error { _, err := procserver.LoadConfig(p); return err },
 }
 

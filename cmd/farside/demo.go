@@ -82,6 +82,9 @@ func (o *demoOptions) run(ctx context.Context, a *app) (err error) {
 	if err == nil {
 		err = result.Bad()
 	}
+	if !o.keep {
+		err = withHint(err, "with --keep the work directory stays, with the logs of all roles")
+	}
 	if a.json {
 		b, e := json.Marshal(result) // one line, the last
 		if e != nil {

@@ -6,6 +6,7 @@ import (
 	"farside/internal/agent"
 	"farside/internal/api"
 	"farside/internal/confserver"
+	"farside/internal/mastertarget"
 	"farside/internal/procserver"
 )
 
@@ -34,6 +35,8 @@ Start with "farside demo". Exit codes: 0 done, 1 failed, 2 wrong usage or input,
 			roleRun[confserver.Config]{confserver.LoadConfig, confserver.Run}),
 		newRole(a, "process-server", "Run a process server: takes, keeps and sends on the streams of agents",
 			roleRun[procserver.Config]{procserver.LoadConfig, procserver.Run}),
+		newRole(a, "master-target", "Run a master target: keeps the history of machines and opens it",
+			roleRun[mastertarget.Config]{mastertarget.LoadConfig, mastertarget.Run}),
 		newRole(a, "agent", "Run an agent: captures the writes of this machine's disks",
 			roleRun[agent.Config]{agent.LoadConfig, agent.Run}),
 		newMachine(a),
