@@ -154,7 +154,7 @@ func run(ctx context.Context, db *sql.DB, fn func(*Tx) error) (err error) {
 	if err != nil {
 		return fmt.Errorf("begin transaction: %w", err)
 	}
-	defer sqlTx.Rollback() // without effect after Commit
+	defer func() { _ = sqlTx.Rollback() }() // without effect after Commit
 	if err := fn(&Tx{ctx: ctx, tx: sqlTx}); err != nil {
 		return err
 	}

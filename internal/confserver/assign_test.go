@@ -69,26 +69,34 @@ func TestAssign(t *testing.T) {
 		want     *farsidev1.Assignment
 	}{
 		{
-			"agent", catalog.Node{ID: agent, Role: transport.RoleAgent, Machine: machine.ID},
-			[]machineRows{machine}, nil, agentOf(&farsidev1.AgentAssignment{
+			"agent",
+			catalog.Node{ID: agent, Role: transport.RoleAgent, Machine: machine.ID},
+			[]machineRows{machine},
+			nil, agentOf(&farsidev1.AgentAssignment{
 				MachineId: machine.ID.String(), MachineName: "wéb", Timeline: 2, Disks: disk, Settings: settings,
 				ProcessServer: &farsidev1.Peer{NodeId: process.String(), Addresses: []string{"p:1"}},
 				Tags:          []*farsidev1.TagRequest{{Id: "t", Name: "n", Consistency: farsidev1.Consistency_CONSISTENCY_FILESYSTEM, DeadlineNs: 7, GroupId: "g"}},
 			}),
 		},
 		{
-			"agent of an unprotected machine", catalog.Node{ID: agent, Role: transport.RoleAgent, Machine: machine.ID},
-			[]machineRows{ended}, nil, agentOf(&farsidev1.AgentAssignment{
+			"agent of an unprotected machine",
+			catalog.Node{ID: agent, Role: transport.RoleAgent, Machine: machine.ID},
+			[]machineRows{ended},
+			nil, agentOf(&farsidev1.AgentAssignment{
 				MachineId: machine.ID.String(), MachineName: "wéb", Timeline: 2, Settings: settings,
 			}),
 		},
 		{
-			"agent that was replaced", catalog.Node{ID: other, Role: transport.RoleAgent, Machine: machine.ID},
-			[]machineRows{machine}, nil, agentOf(&farsidev1.AgentAssignment{MachineId: machine.ID.String()}),
+			"agent that was replaced",
+			catalog.Node{ID: other, Role: transport.RoleAgent, Machine: machine.ID},
+			[]machineRows{machine},
+			nil, agentOf(&farsidev1.AgentAssignment{MachineId: machine.ID.String()}),
 		},
 		{
-			"process server not heard of yet", catalog.Node{ID: agent, Role: transport.RoleAgent, Machine: machine.ID},
-			[]machineRows{with(func(m *machineRows) { m.ProcessServer, m.tags = other, nil })}, nil, agentOf(&farsidev1.AgentAssignment{
+			"process server not heard of yet",
+			catalog.Node{ID: agent, Role: transport.RoleAgent, Machine: machine.ID},
+			[]machineRows{with(func(m *machineRows) { m.ProcessServer, m.tags = other, nil })},
+			nil, agentOf(&farsidev1.AgentAssignment{
 				MachineId: machine.ID.String(), MachineName: "wéb", Timeline: 2, Disks: disk, Settings: settings,
 				ProcessServer: &farsidev1.Peer{NodeId: other.String()},
 			}),
@@ -97,7 +105,9 @@ func TestAssign(t *testing.T) {
 		{"process server, unprotected", catalog.Node{ID: process, Role: transport.RoleProcessServer}, []machineRows{ended}, nil, processOf()},
 		{"process server, of another", catalog.Node{ID: other, Role: transport.RoleProcessServer}, []machineRows{machine}, nil, processOf()},
 		{
-			"master target", catalog.Node{ID: target, Role: transport.RoleMasterTarget}, []machineRows{machine},
+			"master target",
+			catalog.Node{ID: target, Role: transport.RoleMasterTarget},
+			[]machineRows{machine},
 			[]catalog.View{view, closing, elsewhere},
 			targetOf([]*farsidev1.TargetMachine{targetMachine}, &farsidev1.ViewAssignment{
 				ViewId: "v", MachineId: machine.ID.String(), Writable: true, Name: "drill", DiskIds: []uint32{3}, BranchTimeline: 5,
@@ -105,12 +115,17 @@ func TestAssign(t *testing.T) {
 			}),
 		},
 		{
-			"master target keeps what was protected", catalog.Node{ID: target, Role: transport.RoleMasterTarget}, []machineRows{ended}, nil,
+			"master target keeps what was protected",
+			catalog.Node{ID: target, Role: transport.RoleMasterTarget},
+			[]machineRows{ended},
+			nil,
 			targetOf([]*farsidev1.TargetMachine{{MachineId: machine.ID.String(), MachineName: "wéb", Timeline: 2, HistoryWindowSeconds: 60, Retired: true}}),
 		},
 		{
-			"master target, never protected", catalog.Node{ID: target, Role: transport.RoleMasterTarget},
-			[]machineRows{with(func(m *machineRows) { m.Protected, m.Retired = false, false })}, nil, targetOf(nil),
+			"master target, never protected",
+			catalog.Node{ID: target, Role: transport.RoleMasterTarget},
+			[]machineRows{with(func(m *machineRows) { m.Protected, m.Retired = false, false })},
+			nil, targetOf(nil),
 		},
 	} {
 		t.Run(tc.name, func(t *testing.T) {

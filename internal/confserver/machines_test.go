@@ -206,7 +206,7 @@ func TestRestart(t *testing.T) {
 func TestHostileNames(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
-	for _, name := range []string{strings.Repeat("ß", 300), "日本語サーバー", "<script>alert(1)</script>", "'; DROP TABLE nodes; --", "‮gnp.exe", "a/b\\c%00?#"} {
+	for _, name := range []string{strings.Repeat("ß", 300), "日本語サーバー", "<script>alert(1)</script>", "'; DROP TABLE nodes; --", "\u202egnp.exe", "a/b\\c%00?#"} {
 		agent := s.join(transport.RoleAgent, name)
 		r, err := s.GetMachine(t.Context(), &farsidev1.GetMachineRequest{Machine: name})
 		if err != nil || r.GetMachine().GetName() != name || r.GetMachine().GetId() != agent.machine() {

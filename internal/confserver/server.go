@@ -159,7 +159,7 @@ func (s *server) serve(ctx context.Context, ln net.Listener) error {
 		graceful, cancel := context.WithTimeout(context.WithoutCancel(ctx), shutdownTime)
 		defer cancel()
 		if h.Shutdown(graceful) != nil {
-			h.Close() // whoever is still waiting will call again
+			return h.Close() // whoever is still waiting will call again
 		}
 		return nil
 	})

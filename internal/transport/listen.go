@@ -144,7 +144,7 @@ func (l *Listener) prove(raw net.Conn) {
 		peer, err = PeerOfState(&state)
 	}
 	if err != nil {
-		c.Close()
+		_ = c.Close() // nobody is there to tell
 		l.refused.Add(1)
 		if log := l.log.Load(); log != nil && l.ctx.Err() == nil {
 			log.Warn("refused a connection", "from", raw.RemoteAddr().String(), "error", err)
@@ -154,6 +154,6 @@ func (l *Listener) prove(raw net.Conn) {
 	select {
 	case l.ready <- &Conn{Conn: c, peer: peer}:
 	case <-l.ctx.Done():
-		c.Close()
+		_ = c.Close() // nobody is there to tell
 	}
 }

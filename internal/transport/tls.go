@@ -152,8 +152,7 @@ func (id *Identity) DialPeer(ctx context.Context, addr string, want Peer) (net.C
 	state := c.ConnectionState()
 	peer, err := PeerOfState(&state)
 	if err != nil {
-		c.Close()
-		return nil, fmt.Errorf("dial %s: %w", addr, err)
+		return nil, fmt.Errorf("dial %s: %w", addr, errors.Join(err, c.Close()))
 	}
 	return &Conn{Conn: c, peer: peer}, nil
 }
