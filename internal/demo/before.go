@@ -2,6 +2,7 @@ package demo
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -110,11 +111,13 @@ func (r *run) protect(ctx context.Context) error {
 		return err
 	}
 	if !r.scene.live() {
+		var last error
 		err := poll(ctx, 20*time.Second, "connect to the tap", func(ctx context.Context) (bool, error) {
-			return r.scene.begin(ctx) == nil, r.stage.ended()
+			last = r.scene.begin(ctx)
+			return last == nil, r.stage.ended()
 		})
 		if err != nil {
-			return err
+			return errors.Join(err, last)
 		}
 	}
 	bar := r.screen.newBar()

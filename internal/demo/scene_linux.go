@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -40,7 +41,27 @@ func newDatabase(ctx context.Context, dir string, size int64, rate int) (scene, 
 	if err != nil {
 		return nil, errors.Join(err, log.Close())
 	}
-	return &database{dir: dir, rate: rate, device: d, log: log}, nil
+	s := &database{dir: dir, rate: rate, device: d, log: log}
+	if err := writeArchive(filepath.Join(d.dir, "archive"), size/4); err != nil {
+		return nil, errors.Join(err, s.close())
+	}
+	return s, nil
+}
+
+// writeArchive puts old data beside the database, so that there is something to copy at first.
+func writeArchive(dir string, size int64) error {
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		return fmt.Errorf("fill the disk: %w", err)
+	}
+	f, err := os.Create(filepath.Join(dir, "archive"))
+	if err != nil {
+		return fmt.Errorf("fill the disk: %w", err)
+	}
+	_, err = io.CopyN(f, rand.NewChaCha8([32]byte{1}), size)
+	if err := errors.Join(err, f.Sync(), f.Close()); err != nil {
+		return fmt.Errorf("fill the disk: %w", err)
+	}
+	return nil
 }
 
 func (s *database) path() string     { return s.device.path }

@@ -40,7 +40,7 @@ func (s *stage) path(elem ...string) string {
 func (s *stage) tapSocket() string { return s.path("tap.sock") }
 
 // tapURI is where the tap of a demo in the work directory dir is reached.
-func tapURI(dir string) string { return "nbd+unix:///disk?socket=" + filepath.Join(dir, "tap.sock") }
+func tapURI(dir string) string { return "nbd+unix:///?socket=" + filepath.Join(dir, "tap.sock") }
 
 // roles returns the roles that join. The agent offers the disk for protection.
 func (s *stage) roles(driver, disk string) []role {
