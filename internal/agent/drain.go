@@ -74,19 +74,13 @@ func (r *replicator) touch(d *disk, x dr.Extent) {
 	}
 }
 
-// forgetWritten empties the written sets and marks what they held. After a Lost
-// they would hide newer writes that were not captured; and while the Lost was on its
-// way, they may have done so: such a mark was taken and left out.
-func (r *replicator) forgetWritten() error {
+// forgetWritten empties the written sets. After a Lost they would hide newer
+// writes that were not captured. While a Lost is on its way they can't have done so:
+// the source hands out nothing dirty then.
+func (r *replicator) forgetWritten() {
 	for _, d := range r.disks {
-		for x := range d.written.All() {
-			if err := r.src.Mark(dr.Extent{Disk: d.ID, Offset: x.Start, Length: x.Len()}); err != nil {
-				return fmt.Errorf("mark what was captured: %w", err)
-			}
-		}
 		d.written.clear()
 	}
-	return nil
 }
 
 func (r *replicator) writtenRanges() (n int) {
@@ -101,28 +95,23 @@ func (r *replicator) writtenRanges() (n int) {
 // exact or another one. The source is made to overflow, so that what is in
 // flight marks its sectors when it lands; with the Lost, bulk reads may go on. A
 // source that can't do that must wait until such writes have landed.
-func (r *replicator) retreat() error {
+func (r *replicator) retreat() {
 	r.stats.retreats++
-	if err := r.forgetWritten(); err != nil {
-		return err
-	}
+	r.forgetWritten()
 	r.sync.closing, r.sync.counted = false, false
 	if o, ok := r.src.(overflower); ok {
 		o.Overflow()
 		r.sync.retreating, r.sync.await = true, r.src.Tail()
-		return nil
+		return
 	}
 	r.sync.bulkFrom = r.now.Add(r.tune.settle)
-	return nil
 }
 
 // drain does one piece of a sync: a chunk of bulk data, or the step back to
 // data mode, or the end.
 func (r *replicator) drain(ctx context.Context) error {
 	if r.writtenRanges() > r.tune.written {
-		if err := r.retreat(); err != nil {
-			return err
-		}
+		r.retreat()
 	}
 	if r.sync.retreating = r.sync.retreating && r.src.Consumed() < r.sync.await; r.sync.retreating {
 		return nil

@@ -188,7 +188,7 @@ func (r *replicator) restart(s start) error {
 		}
 	}
 	if r.stats.consumed {
-		return r.retreat() // writes of the old stream may still be in flight
+		r.retreat() // writes of the old stream may still be in flight
 	}
 	return nil
 }
@@ -237,7 +237,8 @@ func (r *replicator) lost() error {
 	}
 	r.sync.resumed, r.sync.closing, r.sync.counted = false, false, false
 	r.sync.bulkFrom = time.Time{}
-	return r.forgetWritten()
+	r.forgetWritten()
+	return nil
 }
 
 // keepExact does what an exact stream needs besides events: tags, heartbeats,
@@ -282,7 +283,8 @@ func (r *replicator) caughtUp(mark uint64) (bool, error) {
 		return false, err
 	}
 	r.begin(ReasonMarked)
-	return false, r.retreat()
+	r.retreat()
+	return false, nil
 }
 
 // putHeartbeat says that the stream holds all that was submitted before at.

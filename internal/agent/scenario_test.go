@@ -182,8 +182,8 @@ func TestBulkReadOlderThanCapturedWrite(t *testing.T) {
 	}
 }
 
-// A mark that was taken while a Lost was on its way, and hidden by a captured
-// write, is not forgotten: the write that it stands for is newer.
+// A mark that was made while a Lost is on its way is not hidden by a captured
+// write: the write that it stands for is newer.
 func TestMarkHiddenByCapturedWrite(t *testing.T) {
 	s := newScene(t, 0)
 	s.src.SetImage(1, bytes.Repeat([]byte{1}, sceneDisk))
