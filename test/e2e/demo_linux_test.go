@@ -25,6 +25,9 @@ import (
 // program builds farside once and returns its path.
 func program(t *testing.T) string {
 	t.Helper()
+	if testing.Short() {
+		t.Skip("runs whole processes: not with -short")
+	}
 	dir, err := os.MkdirTemp("", "farside-e2e-") // not t.TempDir: others than root must reach it
 	if err != nil {
 		t.Fatal(err)
@@ -47,6 +50,7 @@ func demoCommand(ctx context.Context, program, work string, args ...string) *exe
 	cmd := exec.CommandContext(ctx, program, append([]string{
 		"demo", "--once", "--json", "--work-dir", work, "--disk-size", "128MiB", "--duration", "3s", "--rate", "100",
 	}, args...)...)
+	cmd.Dir = "../.." // where make demo runs, and finds the guest's kernel
 	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
 	cmd.WaitDelay = 20 * time.Second
 	return cmd
@@ -211,7 +215,6 @@ func TestDemoWithoutRights(t *testing.T) {
 		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
 	}
 	cmd.Env = append(os.Environ(), "HOME="+work)
-	cmd.Dir = "../.." // where make demo runs
 	r := finish(t, cmd)
 	if err := r.Bad(); err != nil {
 		t.Error(err)
