@@ -282,3 +282,32 @@ func TestFailingSinkTellsTheSender(t *testing.T) {
 		}
 	})
 }
+
+// What lies before a welcome is forgotten by the sender: it must be stored.
+func TestWelcomeCountsAsStored(t *testing.T) {
+	all := frames(t, origin, 3)
+	sink := newMemSink()
+	for _, b := range all {
+		mustOne(0, sink.Append(t.Context(), []*frame.Frame{mustOne(frame.Parse(b))}))
+	}
+	a, b := pipe()
+	ended := make(chan error)
+	go func() { ended <- Receive(t.Context(), b, sink.open) }()
+	mustOne(a.Write(hello.encode()))
+	typ, body, err := readMessage(a)
+	if typ != msgWelcome || err != nil {
+		t.Fatalf("message %d, %v", typ, err)
+	}
+	c, _, _ := parseWelcome(body)
+	sink.crash()
+	if kept := sink.Cursor(); kept != c || c.Position.Seq != 3 {
+		t.Errorf("welcomed at %v, a crash leaves %v", c.Position, kept.Position)
+	}
+	a.Close()
+	<-ended
+	failing := newMemSink()
+	failing.failSync = dr.ErrFull
+	if sendErr, _ := session(t.Context(), newList(all), failing.open, nil); !errors.Is(sendErr, dr.ErrUnavailable) {
+		t.Errorf("a sink that can't sync: %v", sendErr)
+	}
+}

@@ -56,6 +56,12 @@ func (s *Spool) waitRoom(ctx context.Context, n int64) error {
 		if err := s.sync(); err != nil {
 			return err
 		}
+		if s.worthRolling(0) != nil {
+			if err := s.trimWhen(0); err != nil {
+				return err
+			}
+			continue
+		}
 		select {
 		case <-changed:
 		case <-ctx.Done():

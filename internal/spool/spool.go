@@ -32,10 +32,14 @@ import (
 // Options bound a spool.
 type Options struct {
 	Limit       int64 // bytes of all segments; 0 means no limit
-	SegmentSize int64 // bytes after which a segment is sealed; 0 means 64 MiB
+	SegmentSize int64 // bytes after which a segment is sealed; 0 means 64 MiB, less under a low limit
 }
 
-const defaultSegmentSize = 64 << 20
+const (
+	defaultSegmentSize = 64 << 20
+	// Space comes back by whole segments: a bounded spool has room for so many.
+	leastSegments = 8
+)
 
 // Spool is an open spool.
 type Spool struct {
@@ -75,6 +79,9 @@ type part struct {
 func Open(fsys vfs.FS, dir string, opts Options) (*Spool, error) {
 	if opts.SegmentSize == 0 {
 		opts.SegmentSize = defaultSegmentSize
+	}
+	if opts.Limit > 0 {
+		opts.SegmentSize = max(1, min(opts.SegmentSize, opts.Limit/leastSegments))
 	}
 	if err := errors.Join(fsys.MkdirAll(dir), fsys.SyncDir(path.Dir(dir))); err != nil {
 		return nil, fmt.Errorf("open spool: %w", err)

@@ -31,7 +31,13 @@ func (s *Spool) Trim(durable dr.Seq) error {
 
 // trimAppending is the work of Trim for whoever holds appending.
 func (s *Spool) trimAppending() error {
-	if w := s.worthRolling(); w != nil {
+	return s.trimWhen(s.opts.SegmentSize / 2)
+}
+
+// trimWhen begins a fresh segment if all is durable and the active one has at
+// least so many bytes, and drops what is durable.
+func (s *Spool) trimWhen(size int64) error {
+	if w := s.worthRolling(size); w != nil {
 		if _, err := s.roll(w); err != nil {
 			return fmt.Errorf("trim spool: %w", err)
 		}
@@ -40,12 +46,12 @@ func (s *Spool) trimAppending() error {
 }
 
 // worthRolling returns the active segment if all its frames are durable on the
-// far side and it has grown.
-func (s *Spool) worthRolling() *segment.Writer {
+// far side and it has so many bytes.
+func (s *Spool) worthRolling(size int64) *segment.Writer {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	w := s.mu.writer
-	if w == nil || s.mu.broken || w.Size() < min(s.opts.SegmentSize, max(s.opts.Limit/4, 1<<20)) || w.Reader().End().Position.Seq > s.mu.durable {
+	if w == nil || s.mu.broken || w.Size() < size || w.Reader().End().Position.Seq > s.mu.durable || w.Reader().Start() == w.Reader().End() {
 		return nil
 	}
 	return w
