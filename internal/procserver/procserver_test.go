@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"errors"
-	"fmt"
 	"log/slog"
 	"math/rand/v2"
 	"net"
@@ -86,11 +85,18 @@ type agent struct {
 	frames [][]byte
 	next   int
 	ack    link.Ack
+	pause  time.Duration // between connections
+	every  time.Duration // between frames
+	deaf   bool          // acknowledgements do not arrive any more
+	lost   dr.Seq        // first change that was stored once and asked for again
 }
 
 func (a *agent) Resume(at frame.Cursor, _ dr.Seq) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	if at.Position.Seq < a.ack.Stored && a.lost == 0 {
+		a.lost = at.Position.Seq + 1
+	}
 	for i, b := range a.frames {
 		if h, _ := frame.ParseHeader(b); h.Prev == at.Position.Seq {
 			a.next = i
@@ -102,6 +108,7 @@ func (a *agent) Resume(at frame.Cursor, _ dr.Seq) error {
 }
 
 func (a *agent) Next(ctx context.Context) ([]byte, error) {
+	time.Sleep(a.every)
 	a.mu.Lock()
 	if a.next < len(a.frames) {
 		defer a.mu.Unlock()
@@ -116,7 +123,20 @@ func (a *agent) Next(ctx context.Context) ([]byte, error) {
 func (a *agent) Acked(ack link.Ack) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	a.ack = ack
+	if !a.deaf {
+		a.ack = ack
+	}
+}
+
+func (a *agent) setDeaf(deaf bool) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.deaf = deaf
+}
+
+func (a *agent) timeline() dr.Timeline {
+	h, _ := frame.ParseHeader(a.frames[0])
+	return h.Timeline
 }
 
 func (a *agent) durable() dr.Seq {
@@ -160,6 +180,7 @@ func (m *target) Append(_ context.Context, fs []*frame.Frame) error {
 type site struct {
 	t       testing.TB
 	fs      vfs.FS
+	limit   int64
 	target  *target
 	cut     func() bool // whether the WAN is cut right now
 	breakAt func() int  // bytes after which a WAN connection breaks; 0 never
@@ -200,7 +221,7 @@ func assignment() *pb.ProcessServerAssignment {
 // start runs a process server until stop is called.
 func (s *site) start(ctx context.Context) (srv *server, stop func()) {
 	ctx, cancel := context.WithCancel(ctx)
-	srv = newServer(s.fs, "/spool", 1<<30, s.dial, slog.New(slog.DiscardHandler))
+	srv = newServer(s.fs, "/spool", s.limit, s.dial, slog.New(slog.DiscardHandler))
 	srv.assign(ctx, assignment())
 	return srv, func() { cancel(); srv.close() }
 }
@@ -213,14 +234,14 @@ func connect(ctx context.Context, srv *server, a *agent, who transport.Peer) err
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	wg.Go(func() { srv.links.Serve(ctx, right) })
-	return link.Send(ctx, left, link.SenderOptions{Hello: link.Hello{Machine: machine, Timeline: 1}, Source: a})
+	return link.Send(ctx, left, link.SenderOptions{Hello: link.Hello{Machine: machine, Timeline: a.timeline()}, Source: a})
 }
 
 // keepConnected connects again and again.
 func keepConnected(ctx context.Context, srv *server, a *agent) {
 	for ctx.Err() == nil {
 		connect(ctx, srv, a, agentPeer)
-		time.Sleep(time.Millisecond)
+		time.Sleep(max(a.pause, time.Millisecond))
 	}
 }
 
@@ -229,7 +250,7 @@ func newSite(t testing.TB) *site {
 	if err := errors.Join(mem.MkdirAll("/spool"), mem.SyncDir("/")); err != nil {
 		t.Fatal(err)
 	}
-	return &site{t: t, fs: mem, target: newTarget(origin)}
+	return &site{t: t, fs: mem, limit: 1 << 30, target: newTarget(origin)}
 }
 
 // waitDurable waits on the fake clock until all of the agent's frames are durable.
@@ -300,13 +321,19 @@ func TestRestartsAndCrashes(t *testing.T) {
 				srv, stop := s.start(ctx)
 				done := make(chan struct{})
 				go func() { keepConnected(ctx, srv, a); close(done) }()
-				time.Sleep(time.Duration(rng.IntN(400)) * time.Millisecond)
+				// Odd, so that everything else rests at that moment.
+				time.Sleep(time.Duration(rng.IntN(400))*time.Millisecond + 137*time.Microsecond)
 				if rng.IntN(2) == 0 {
+					a.setDeaf(true)
 					s.fs = s.fs.(*vfs.Mem).Crash(uint64(rng.IntN(1 << 40)))
 				}
 				cancel()
 				stop()
 				<-done
+				a.setDeaf(false)
+			}
+			if a.lost != 0 {
+				t.Errorf("change %d was stored, and asked for again", a.lost)
 			}
 			checkTarget(t, s.target, a.frames)
 		})
@@ -450,17 +477,5 @@ func TestConfig(t *testing.T) {
 	}
 	if err := Run(t.Context(), Config{Data: t.TempDir(), Listen: "127.0.0.1:0", Spool: t.TempDir()}, slog.New(slog.DiscardHandler)); !errors.Is(err, dr.ErrNotFound) {
 		t.Errorf("a node that has not joined: %v", err)
-	}
-}
-
-func TestJoinPairs(t *testing.T) {
-	var all []span
-	for i := range 7 {
-		all = append(all, span{last: dr.Seq(i + 1), time: int64(i), end: int64(i), size: 10})
-	}
-	got := joinPairs(all)
-	want := "[{2 0 1 20} {4 2 3 20} {6 4 5 20} {7 6 6 10}]"
-	if fmt.Sprint(got) != want {
-		t.Errorf("%v, want %v", got, want)
 	}
 }

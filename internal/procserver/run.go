@@ -19,7 +19,10 @@ import (
 	"farside/internal/vfs"
 )
 
-const reportEvery = time.Second
+const (
+	reportEvery = time.Second
+	retryEvery  = 5 * time.Second // streams that could not begin
+)
 
 // Run is the process server: it serves its assignment until ctx ends. The node
 // must have joined; otherwise the error wraps dr.ErrNotFound.
@@ -54,6 +57,7 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger) error {
 		defer s.close()
 		return client.Watch(ctx, func(a *pb.Assignment) { s.assign(ctx, a.GetProcessServer()) })
 	})
+	g.Go(func() error { return retryStreams(ctx, s) })
 	g.Go(func() error {
 		return client.Report(ctx, func() *pb.Report {
 			r := s.report()
@@ -65,6 +69,19 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger) error {
 		return fmt.Errorf("process server: %w", err)
 	}
 	return nil
+}
+
+func retryStreams(ctx context.Context, s *server) error {
+	tick := time.NewTicker(retryEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-tick.C:
+			s.retry(ctx)
+		case <-ctx.Done():
+			return nil
+		}
+	}
 }
 
 // accept serves connections and waits for all of them in the end.

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net"
 	"path"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -22,15 +23,18 @@ import (
 	"farside/internal/vfs"
 )
 
-// server is all streams of an assignment. Only assign, called by one goroutine,
-// changes which there are.
+// server is all streams of an assignment.
 type server struct {
 	fs    vfs.FS
 	dir   string
 	limit int64 // bytes of each spool
-	dial  dialer
+	env   env
 	log   *slog.Logger
 	links link.Server
+
+	assigning sync.Mutex // one assign, retry or close at a time changes which streams there are
+	assigned  *pb.ProcessServerAssignment
+	failed    bool // some stream of it could not begin
 
 	mu struct {
 		sync.Mutex
@@ -49,7 +53,8 @@ type running struct {
 }
 
 func newServer(fsys vfs.FS, dir string, limit int64, dial dialer, log *slog.Logger) *server {
-	s := &server{fs: fsys, dir: dir, limit: limit, dial: dial, log: log}
+	s := &server{fs: fsys, dir: dir, limit: limit, log: log}
+	s.env = env{dial: dial, notice: s.notice, work: make(chan struct{}, runtime.GOMAXPROCS(0))}
 	s.links.Authorize, s.links.Open = s.authorize, s.open
 	s.mu.streams = map[dr.MachineID]*running{}
 	return s
@@ -90,8 +95,24 @@ func (s *server) open(ctx context.Context, h link.Hello) (link.Sink, error) {
 
 // assign makes the streams those of an assignment.
 func (s *server) assign(ctx context.Context, a *pb.ProcessServerAssignment) {
+	s.assigning.Lock()
+	defer s.assigning.Unlock()
+	s.assigned = a
+	s.applyAssigned(ctx)
+}
+
+// retry begins the streams that could not begin before: the disk was full, say.
+func (s *server) retry(ctx context.Context) {
+	s.assigning.Lock()
+	defer s.assigning.Unlock()
+	if s.failed {
+		s.applyAssigned(ctx)
+	}
+}
+
+func (s *server) applyAssigned(ctx context.Context) {
 	want := map[dr.MachineID]route{}
-	for _, p := range a.GetStreams() {
+	for _, p := range s.assigned.GetStreams() {
 		r, err := routeOf(p)
 		if err != nil {
 			s.log.Error("assignment is not understood", "error", err)
@@ -99,6 +120,24 @@ func (s *server) assign(ctx context.Context, a *pb.ProcessServerAssignment) {
 		}
 		want[r.machine] = r
 	}
+	s.endOthers(want)
+	before := s.failed
+	s.failed = false
+	for id, r := range want {
+		if ctx.Err() != nil || s.stream(id) != nil {
+			continue
+		}
+		if err := s.begin(ctx, r, s.assigned.GetLimits().GetPerMachineBytes()); err != nil {
+			s.failed = true
+			if !before { // said already
+				s.notice("spool-failed", pb.Severity_SEVERITY_ERROR, fmt.Sprintf("spool of machine %v; trying again: %v", id, err))
+			}
+		}
+	}
+}
+
+// endOthers ends the streams that are not wanted as they are.
+func (s *server) endOthers(want map[dr.MachineID]route) {
 	s.mu.Lock()
 	var stop []*running
 	for id, r := range s.mu.streams {
@@ -111,14 +150,6 @@ func (s *server) assign(ctx context.Context, a *pb.ProcessServerAssignment) {
 	for _, r := range stop {
 		_, again := want[r.machine]
 		s.end(r, again)
-	}
-	for id, r := range want {
-		if s.stream(id) != nil {
-			continue
-		}
-		if err := s.begin(ctx, r, a.GetLimits().GetPerMachineBytes()); err != nil {
-			s.notice("spool-failed", pb.Severity_SEVERITY_ERROR, fmt.Sprintf("spool of machine %v: %v", id, err))
-		}
 	}
 }
 
@@ -157,7 +188,7 @@ func (s *server) begin(ctx context.Context, r route, limit int64) error {
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	run := &running{cancel: cancel, done: make(chan struct{})}
-	run.stream = newStream(r, sp, s.dial, func() { s.links.Drop(r.machine) }, s.log)
+	run.stream = newStream(r, s.env, sp, func() { s.links.Drop(r.machine) }, s.log)
 	s.mu.Lock()
 	s.mu.streams[r.machine] = run
 	s.mu.Unlock()
@@ -192,9 +223,7 @@ func (s *server) end(r *running, again bool) {
 	<-r.done
 	s.links.Drop(r.machine)
 	c, ok := r.spool.Cursor()
-	r.stream.mu.Lock()
-	durable := r.stream.mu.durable.Position.Seq
-	r.stream.mu.Unlock()
+	durable := r.spool.Status().Durable
 	if err := r.spool.Close(); err != nil {
 		s.log.Error("close spool", "machine", r.machine, "error", err)
 	}
@@ -212,6 +241,9 @@ func (s *server) end(r *running, again bool) {
 
 // close stops all streams and keeps their spools.
 func (s *server) close() {
+	s.assigning.Lock()
+	defer s.assigning.Unlock()
+	s.assigned, s.failed = nil, false
 	s.mu.Lock()
 	all := s.mu.streams
 	s.mu.streams = map[dr.MachineID]*running{}

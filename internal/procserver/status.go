@@ -1,35 +1,49 @@
 package procserver
 
 import (
+	"fmt"
+	"time"
+
 	pb "farside/internal/api/farside/v1"
 	"farside/internal/dr"
-	"time"
+	"farside/internal/spool"
 )
 
 // status describes the stream at a moment.
 func (s *stream) status(now time.Time, agentConnected bool) *pb.StreamStatus {
-	synced := s.spool.Synced()
+	sp := s.spool.Status()
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	st := &pb.StreamStatus{
-		MachineId: s.machine.String(), Stored: position(synced.Position), StoredTimeNs: synced.Time,
-		Durable: position(s.mu.durable.Position), DurableTimeNs: s.mu.durable.Time,
+		MachineId: s.machine.String(), Stored: position(sp.Synced.Position), StoredTimeNs: sp.Synced.Time,
+		Durable:       position(dr.Position{Timeline: sp.Synced.Position.Timeline, Seq: sp.Durable}),
+		DurableTimeNs: sp.DurableTime, BacklogBytes: sp.Backlog,
 		AgentConnected: agentConnected, TargetConnected: s.mu.connected,
 		FramesReceived: s.mu.received, BytesReceived: s.mu.bytesIn, BytesSent: s.mu.bytesOut,
+		Error: s.faultLocked(sp),
 	}
-	for _, p := range s.mu.pending {
-		st.BacklogBytes += p.size
-	}
-	if len(s.mu.pending) > 0 {
-		st.BacklogAgeMs = max(0, now.UnixNano()-s.mu.pending[0].time) / int64(time.Millisecond)
-	}
-	switch {
-	case s.mu.err != nil:
-		st.Error = s.mu.err.Error()
-	case !s.mu.ready:
-		st.Error = "waiting for the master target to say where the stream stands"
+	if sp.Backlog > 0 {
+		st.BacklogAgeMs = max(0, now.UnixNano()-sp.Oldest) / int64(time.Millisecond)
 	}
 	return st
+}
+
+// faultLocked says what is wrong, or nothing.
+func (s *stream) faultLocked(sp spool.Status) (text string) {
+	switch {
+	case s.mu.err != nil:
+		text = s.mu.err.Error()
+	case !s.mu.ready:
+		text = "waiting for the master target to say where the stream stands"
+	}
+	if sp.Full {
+		full := fmt.Sprintf("the spool is full with %v: the agent is held back", dr.Size(sp.Bytes))
+		if text == "" {
+			return full
+		}
+		return full + "; " + text
+	}
+	return text
 }
 
 func position(p dr.Position) *pb.Position {
