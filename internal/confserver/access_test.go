@@ -7,6 +7,7 @@ import (
 	"errors"
 	"io"
 	"net/http"
+	"os"
 	"strings"
 	"testing"
 	"time"
@@ -231,5 +232,40 @@ func TestParseAPIToken(t *testing.T) {
 		if _, _, err := parseAPIToken(bad); !errors.Is(err, dr.ErrDenied) {
 			t.Errorf("%q: %v", bad, err)
 		}
+	}
+}
+
+// TestSecurityDocument: the table of docs/security.md says what access says.
+func TestSecurityDocument(t *testing.T) {
+	text, err := os.ReadFile("../../docs/security.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	documented := map[string]string{}
+	for line := range strings.Lines(string(text)) {
+		cells := strings.Split(line, "|")
+		if len(cells) != 4 || !strings.Contains(cells[1], "Service: ") {
+			continue
+		}
+		service, calls, _ := strings.Cut(strings.TrimSpace(cells[1]), ": ")
+		for _, call := range strings.Split(calls, ", ") {
+			documented["/farside.v1."+service+"/"+call] = strings.TrimSpace(cells[2])
+		}
+	}
+	for path, r := range access() {
+		want := r.people
+		switch {
+		case r.anyone:
+			want = "anyone with a valid join token"
+		case r.nodes != nil:
+			want = strings.Join(r.nodes, ", ") + ", for themselves alone"
+		}
+		if documented[path] != want {
+			t.Errorf("%s: the document says %q, the code %q", path, documented[path], want)
+		}
+		delete(documented, path)
+	}
+	for path := range documented {
+		t.Errorf("the document has %s, which is no call", path)
 	}
 }

@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"runtime/debug"
 	"sync"
 	"time"
 
@@ -35,7 +36,7 @@ const (
 // Options say how to open a Client.
 type Options struct {
 	DataDir string
-	Version string           // of the program, for reports
+	Version string           // of the program, for reports; "" = what its build says
 	Log     *slog.Logger     // nil = none
 	Now     func() time.Time // nil = time.Now
 }
@@ -70,6 +71,9 @@ func Open(o Options) (*Client, error) {
 	if c.now == nil {
 		c.now = time.Now
 	}
+	if c.version == "" {
+		c.version = buildVersion()
+	}
 	c.started = c.now()
 	var err error
 	if c.id, err = transport.LoadIdentity(o.DataDir, c.now); err != nil {
@@ -83,6 +87,14 @@ func Open(o Options) (*Client, error) {
 	c.mu.assignment = a
 	c.connect()
 	return c, nil
+}
+
+func buildVersion() string {
+	info, ok := debug.ReadBuildInfo()
+	if !ok {
+		return ""
+	}
+	return info.Main.Version
 }
 
 // Identity returns the node's identity, which Watch renews in time.

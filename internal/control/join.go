@@ -26,7 +26,7 @@ type JoinOptions struct {
 	Token   string // the text that a configuration server made
 	Role    string // that the node is to have; "" = whatever the token says
 	DataDir string
-	Version string // of the program
+	Version string // of the program; "" = what its build says
 	// Names are host names and addresses to put into the certificate, for programs
 	// of others that use the node's exports over TLS. Farside does not look at them.
 	Names []string
@@ -89,10 +89,14 @@ func askToJoin(ctx context.Context, o JoinOptions, token transport.Token, csr []
 	defer t.CloseIdleConnections()
 	node := farsidev1connect.NewNodeServiceClient(&http.Client{Transport: t}, api.BaseURL, connect.WithReadMaxBytes(maxMessage))
 	host := Host()
+	version := o.Version
+	if version == "" {
+		version = buildVersion()
+	}
 	var b backoff
 	for {
 		r, err := node.Join(ctx, &farsidev1.JoinRequest{
-			Token: o.Token, Csr: csr, Role: roleNumber(token.Role), Hostname: host.GetHostname(), Version: o.Version, Host: host,
+			Token: o.Token, Csr: csr, Role: roleNumber(token.Role), Hostname: host.GetHostname(), Version: version, Host: host,
 		})
 		if err = explain(err); err == nil {
 			return r, nil
