@@ -204,7 +204,7 @@ func depguardRules(tab table) string {
 	}
 	slices.Sort(names)
 	for _, name := range names {
-		fmt.Fprintf(&b, "        %s:\n          list-mode: lax\n          files: [\"**/internal/%s/**\", \"!$test\"]\n          allow:\n", name, name)
+		fmt.Fprintf(&b, "        %s:\n          list-mode: lax\n          files: [\"**/internal/%s/**\", \"!$test\", \"!**/*test/**\"]\n          allow:\n", name, name)
 		for _, other := range append([]string{name}, tab[name]...) {
 			fmt.Fprintf(&b, "            - %s%s\n", internal, other)
 		}
