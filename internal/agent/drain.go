@@ -21,7 +21,7 @@ type syncState struct {
 	resumed    bool // Resume returned and no Lost came since: what was not captured is dirty
 	retreating bool // the source was made to overflow; no bulk read until it has passed await
 	await      uint64
-	bulkFrom   time.Time // no bulk read before: writes may be in flight that no set knows
+	bulkFrom   time.Time // no bulk read before: the last one failed
 	closing    bool      // all was drained; waiting for the source to pass mark
 	mark       uint64
 	markedAt   time.Time
@@ -93,18 +93,13 @@ func (r *replicator) writtenRanges() (n int) {
 // retreat gives up knowing which captured writes may still be in flight: when
 // there are too many to remember, or when none were remembered because the stream was
 // exact or another one. The source is made to overflow, so that what is in
-// flight marks its sectors when it lands; with the Lost, bulk reads may go on. A
-// source that can't do that must wait until such writes have landed.
+// flight marks its sectors when it lands; with the Lost, bulk reads may go on.
 func (r *replicator) retreat() {
 	r.stats.retreats++
 	r.forgetWritten()
 	r.sync.closing, r.sync.counted = false, false
-	if o, ok := r.src.(overflower); ok {
-		o.Overflow()
-		r.sync.retreating, r.sync.await = true, r.src.Tail()
-		return
-	}
-	r.sync.bulkFrom = r.now.Add(r.tune.settle)
+	r.src.Overflow()
+	r.sync.retreating, r.sync.await = true, r.src.Tail()
 }
 
 // drain does one piece of a sync: a chunk of bulk data, or the step back to

@@ -62,7 +62,6 @@ func tapped(t *testing.T, path string) *drivers {
 func replicateReal(t *testing.T, src opened, disk io.WriterAt, current func() []byte) {
 	t.Helper()
 	tune := defaultTuning()
-	tune.settle = 500 * time.Millisecond // writes of the test don't take longer
 	disks := src.src.Disks()
 	f := newFakeServer(t, dr.MachineID{1}, disks)
 	s := newStream(src.src, streamConfig{

@@ -29,12 +29,6 @@ func renumber(src capture.Source, names map[dr.DiskID]dr.DiskID) capture.Source 
 			r.disks = append(r.disks, d)
 		}
 	}
-	if o, ok := src.(overflower); ok {
-		return struct {
-			*renumbered
-			overflower
-		}{r, o}
-	}
 	return r
 }
 

@@ -21,7 +21,6 @@ type tuning struct {
 	chunk       int64         // bytes read from the disks between two batches of events
 	resumeBelow int64         // bytes dirty at which capture with data begins again
 	written     int           // ranges in the written sets, see drain
-	settle      time.Duration // how long a write may be in flight, see retreat
 	wait        time.Duration // longest wait for events, so the delay of anything else
 	resumeWait  time.Duration // longest wait within a step for the source to resume
 	retry       time.Duration // pause of the bulk after a disk could not be read
@@ -35,15 +34,9 @@ func defaultTuning() tuning {
 	return tuning{
 		memory: 64 << 20, codec: frame.None, frameBytes: 1 << 20, frameAge: 50 * time.Millisecond,
 		heartbeat: 500 * time.Millisecond, chunk: 1 << 20, resumeBelow: 16 << 20,
-		written: 64 << 10, settle: 3 * time.Minute, wait: 10 * time.Millisecond,
+		written: 64 << 10, wait: 10 * time.Millisecond,
 		resumeWait: 5 * time.Millisecond, retry: time.Second,
 	}
-}
-
-// overflower is what a Source can do besides: leave data mode as if it had run
-// out of room. A Lost follows, as it does then; in bitmap mode nothing happens.
-type overflower interface {
-	Overflow()
 }
 
 // replicator turns what a Source captures into the stream of one machine. It

@@ -89,7 +89,7 @@ func newSim(o simOptions) *sim {
 	s.out = newOutbox()
 	s.rep = newReplicator(s.source(), s.out, tuning{
 		memory: batchRoom + o.room, frameBytes: 32 << 10, frameAge: 50 * time.Millisecond, heartbeat: 100 * time.Millisecond,
-		chunk: 16 << 10, resumeBelow: 32 << 10, written: o.written, settle: 300 * time.Millisecond,
+		chunk: 16 << 10, resumeBelow: 32 << 10, written: o.written,
 		wait: 10 * time.Millisecond, resumeWait: 1, retry: time.Millisecond,
 	})
 	s.rep.blind = o.blind

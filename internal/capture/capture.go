@@ -143,6 +143,11 @@ type Stream interface {
 	// stream has another Lost. A driver that cannot carry data returns
 	// dr.ErrUnsupported.
 	Resume(ctx context.Context) error
+
+	// Overflow makes the Source leave data mode, as a full buffer does; in
+	// bitmap mode and after Close it does nothing. For a consumer that must
+	// know which changes are in flight and has lost count of them.
+	Overflow()
 }
 
 // DirtySet is the unordered side of a Source: ranges that must be read from the

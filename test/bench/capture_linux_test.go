@@ -2,7 +2,6 @@ package bench
 
 import (
 	"context"
-	"encoding/json"
 	"os/exec"
 	"path/filepath"
 	"testing"
@@ -105,27 +104,4 @@ func fioWrite(t *testing.T, device, rw, bs, depth, unit string) float64 {
 		return iops
 	}
 	return bw / 1e6
-}
-
-// fioResult returns operations and bytes per second of a run's only job.
-func fioResult(t *testing.T, out []byte) (iops, bandwidth float64) {
-	var result struct {
-		Jobs []struct {
-			Read, Write struct {
-				IOPS float64 `json:"iops"`
-				BW   float64 `json:"bw_bytes"`
-			}
-		}
-	}
-	for i, c := range out { // fio may print warnings first
-		if c == '{' {
-			out = out[i:]
-			break
-		}
-	}
-	if err := json.Unmarshal(out, &result); err != nil || len(result.Jobs) != 1 {
-		t.Fatalf("fio: %v\n%s", err, out)
-	}
-	j := result.Jobs[0]
-	return j.Read.IOPS + j.Write.IOPS, j.Read.BW + j.Write.BW
 }

@@ -67,6 +67,17 @@ func (s *source) Resume(ctx context.Context) error {
 	return s.settle(ctx, state)
 }
 
+// Overflow implements capture.Stream.
+func (s *source) Overflow() {
+	if s.enter("overflow") != nil {
+		return
+	}
+	defer s.leave()
+	if state := atomic.LoadUint32(s.state); state%2 == 0 {
+		atomic.CompareAndSwapUint32(s.state, state, state+1) // if it fails, a program has left data mode
+	}
+}
+
 // settle waits until no write is in flight that Resume waits for.
 func (s *source) settle(ctx context.Context, state uint32) error {
 	for {

@@ -173,6 +173,15 @@ func (t *Tap) placeLocked(x dr.Extent, what dr.What) (taken []*slot) {
 	return taken
 }
 
+// Overflow implements capture.Stream.
+func (t *Tap) Overflow() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.mu.mode%2 == 0 {
+		t.overflowLocked()
+	}
+}
+
 // overflowLocked leaves data mode. If there is no slot even for the Lost, then
 // the last event that waits is one: nothing came between, so it says it all.
 func (t *Tap) overflowLocked() {
