@@ -109,7 +109,7 @@ func ParseToken(s string) (Token, error) {
 		return Token{}, fmt.Errorf("parse join token: %d characters: %w", len(rest), dr.ErrInvalid)
 	}
 	b, err := base64.RawURLEncoding.Strict().DecodeString(rest)
-	if err != nil || len(b) < tokenFixed+4 {
+	if err != nil || strings.ContainsAny(rest, "\r\n") || len(b) < tokenFixed+4 { // the decoder skips line ends
 		return Token{}, fmt.Errorf("parse join token: cut or altered: %w", dr.ErrInvalid)
 	}
 	body, tail := b[:len(b)-4], b[len(b)-4:]
