@@ -15,6 +15,10 @@ import (
 // machine finds the parts of a guest, or skips.
 func machine(t *testing.T) *Machine {
 	t.Helper()
+	if testing.Short() {
+		t.Skip("boots a guest: not with -short")
+	}
+	t.Parallel() // a guest has one slow CPU
 	m, err := Find("../../../.cache/guest-kernel", "/")
 	if err != nil {
 		t.Skip(err)
