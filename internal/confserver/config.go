@@ -17,7 +17,7 @@ import (
 // Config is the YAML file of a configuration server.
 type Config struct {
 	// DataDir holds the catalog, the CA and admin.json.
-	DataDir string `yaml:"data_dir"`
+	DataDir string `yaml:"data"`
 	// Listen is where nodes and people are served, host:port.
 	Listen string `yaml:"listen"`
 	// Advertise lists where they find it, host:port, in the order to try. It may be
@@ -62,7 +62,7 @@ func ParseConfig(text []byte) (Config, error) {
 
 func (c Config) check() error {
 	if c.DataDir == "" {
-		return fmt.Errorf("data_dir is missing: %w", dr.ErrInvalid)
+		return fmt.Errorf("data is missing: %w", dr.ErrInvalid)
 	}
 	host, port, err := net.SplitHostPort(c.Listen)
 	if err != nil || port == "" {

@@ -10,6 +10,7 @@ import (
 
 	farsidev1 "farside/internal/api/farside/v1"
 	"farside/internal/demo/guest"
+	"farside/internal/demo/stage"
 	"farside/internal/export"
 )
 
@@ -19,7 +20,7 @@ func (r *run) disaster(ctx context.Context) error {
 	if err := r.ended(); err != nil {
 		return err
 	}
-	m, err := r.stage.far.state(ctx)
+	m, err := r.stage.Far.State(ctx)
 	if err != nil {
 		return err
 	}
@@ -49,21 +50,21 @@ const clockSlack = 10 * time.Millisecond
 // recover opens the last point before the disaster as a writable view, fetches it, and proves it.
 func (r *run) recover(ctx context.Context) error {
 	r.screen.title("Go back to the last write before it")
-	f := &r.stage.far
+	f := &r.stage.Far
 	start := time.Now()
 	at := r.struck.Add(clockSlack / 2).UnixNano()
 	r.awaitPoint(ctx, at)
 	called := time.Now()
 	var err error
-	r.writable, err = f.open(ctx, &farsidev1.Selector{Point: &farsidev1.Selector_TimeNs{TimeNs: at}}, true)
+	r.writable, err = f.Open(ctx, &farsidev1.Selector{Point: &farsidev1.Selector_TimeNs{TimeNs: at}}, true)
 	if err != nil {
 		return err
 	}
 	r.result.ViewOpen = milliseconds(time.Since(called))
-	status := r.writable.view.GetStatus()
+	status := r.writable.View.GetStatus()
 	p := status.GetPosition()
 	r.screen.say("view of %d:%d, %s, open after %.1f ms at %s", p.GetTimeline(), p.GetSeq(),
-		time.Unix(0, status.GetTimeNs()).UTC().Format(time.RFC3339Nano), r.result.ViewOpen, r.writable.uri)
+		time.Unix(0, status.GetTimeNs()).UTC().Format(time.RFC3339Nano), r.result.ViewOpen, r.writable.URI)
 	image, err := r.fetch(ctx)
 	if err != nil {
 		return err
@@ -82,8 +83,8 @@ func (r *run) recover(ctx context.Context) error {
 
 // awaitPoint gives what was under way at the disaster some time to arrive; what doesn't is lost.
 func (r *run) awaitPoint(ctx context.Context, at int64) {
-	err := poll(ctx, 10*time.Second, "wait for the last writes", func(ctx context.Context) (bool, error) {
-		m, err := r.stage.far.state(ctx)
+	err := stage.Poll(ctx, 10*time.Second, "wait for the last writes", func(ctx context.Context) (bool, error) {
+		m, err := r.stage.Far.State(ctx)
 		return err == nil && m.GetHeadTimeNs() >= at, err
 	})
 	if err != nil {
@@ -99,7 +100,7 @@ func (r *run) fetch(ctx context.Context) (string, error) {
 		return "", fmt.Errorf("fetch the disk: %w", err)
 	}
 	start := time.Now()
-	_, err = export.WriteRaw(ctx, file, r.writable.disk, 0, nil)
+	_, err = export.WriteRaw(ctx, file, r.writable.Disk, 0, nil)
 	if err := errors.Join(err, file.Close()); err != nil {
 		return "", fmt.Errorf("fetch the disk: %w", err)
 	}
@@ -137,7 +138,7 @@ func (r *run) boot(ctx context.Context) error {
 	}
 	limited, cancel := context.WithTimeout(ctx, 60*time.Second)
 	defer cancel()
-	report, err := r.guest.Boot(limited, guest.Task{Disk: r.writable.uri, Sum: r.expected.Read, Accel: b.Accel, Dir: r.WorkDir})
+	report, err := r.guest.Boot(limited, guest.Task{Disk: r.writable.URI, Sum: r.expected.Read, Accel: b.Accel, Dir: r.WorkDir})
 	if err != nil && ctx.Err() != nil {
 		return err
 	}

@@ -12,6 +12,7 @@ import (
 
 	farsidev1 "farside/internal/api/farside/v1"
 	"farside/internal/demo/guest"
+	"farside/internal/demo/stage"
 )
 
 // prepare chooses the scene and makes its disk.
@@ -35,7 +36,7 @@ func (r *run) prepare(ctx context.Context) error {
 		}
 		s.say("%s, %s, ext4, with a SQLite database under load: each commit is fsynced, and logged elsewhere", r.scene.path(), inUnits(r.DiskSize))
 	} else {
-		if r.scene, err = newRecords(r.WorkDir, r.DiskSize, r.Rate, tapURI(r.WorkDir)); err != nil {
+		if r.scene, err = newRecords(r.WorkDir, r.DiskSize, r.Rate, stage.TapURI(r.WorkDir)); err != nil {
 			return err
 		}
 		s.say("%s, %s, for a database of numbered records: each is made durable, and logged elsewhere", r.scene.path(), inUnits(r.DiskSize))
@@ -87,13 +88,17 @@ func startProbe(ctx context.Context, m *guest.Machine, dir string) *probe {
 func (r *run) raise(ctx context.Context) error {
 	r.screen.title("Four roles")
 	start := time.Now()
-	s, err := raise(ctx, r.WorkDir, r.driver, r.scene.path())
+	self, err := os.Executable()
+	if err != nil {
+		return fmt.Errorf("find this program: %w", err)
+	}
+	s, err := stage.Raise(ctx, stage.Options{Dir: r.WorkDir, Program: self, Driver: r.driver, Disk: r.scene.path()})
 	if err != nil {
 		return err
 	}
 	r.stage = s
-	for _, p := range s.processes {
-		r.screen.say("%-14s process %d", p.name, p.cmd.Process.Pid)
+	for _, p := range s.Processes {
+		r.screen.say("%-14s process %d", p.Name, p.PID())
 	}
 	r.screen.say("joined with one-time tokens, mutual TLS 1.3 between all, in %.1f s", time.Since(start).Seconds())
 	return nil
@@ -102,19 +107,19 @@ func (r *run) raise(ctx context.Context) error {
 // protect starts the replication and waits for the end of the initial one.
 func (r *run) protect(ctx context.Context) error {
 	r.screen.title("Protect the disk")
-	f := &r.stage.far
-	if err := f.offered(ctx, r.scene.path()); err != nil {
+	f := &r.stage.Far
+	if err := f.Offered(ctx, r.scene.path()); err != nil {
 		return err
 	}
 	start := time.Now()
-	if err := f.protect(ctx, r.scene.path(), r.driver); err != nil {
+	if err := f.Protect(ctx, r.scene.path(), r.driver); err != nil {
 		return err
 	}
 	if !r.scene.live() {
 		var last error
-		err := poll(ctx, 20*time.Second, "connect to the tap", func(ctx context.Context) (bool, error) {
+		err := stage.Poll(ctx, 20*time.Second, "connect to the tap", func(ctx context.Context) (bool, error) {
 			last = r.scene.begin(ctx)
-			return last == nil, r.stage.ended()
+			return last == nil, r.stage.Ended()
 		})
 		if err != nil {
 			return errors.Join(err, last)
@@ -122,8 +127,8 @@ func (r *run) protect(ctx context.Context) error {
 	}
 	bar := r.screen.newBar()
 	complete := false
-	err := poll(ctx, 60*time.Second, "wait for the initial replication", func(ctx context.Context) (bool, error) {
-		m, err := f.state(ctx)
+	err := stage.Poll(ctx, 60*time.Second, "wait for the initial replication", func(ctx context.Context) (bool, error) {
+		m, err := f.State(ctx)
 		if err != nil {
 			return false, err
 		}
@@ -147,7 +152,7 @@ func (r *run) protect(ctx context.Context) error {
 
 // ended says which process, the load included, has ended that should run.
 func (r *run) ended() error {
-	if err := r.stage.ended(); err != nil {
+	if err := r.stage.Ended(); err != nil {
 		return err
 	}
 	return r.scene.running()
@@ -162,7 +167,7 @@ func (r *run) watchLoad(ctx context.Context) error {
 		if err := r.ended(); err != nil {
 			return err
 		}
-		m, err := r.stage.far.state(ctx)
+		m, err := r.stage.Far.State(ctx)
 		if err != nil {
 			return err
 		}
@@ -193,7 +198,7 @@ func (r *run) compare(ctx context.Context) error {
 	start := time.Now()
 	buf := make([]byte, blockSum)
 	err := r.scene.frozen(ctx, func(ctx context.Context, disk io.ReaderAt) (err error) {
-		if tag, err = r.stage.far.tag(ctx, "compared"); err != nil {
+		if tag, err = r.stage.Far.Tag(ctx, "compared"); err != nil {
 			return err
 		}
 		source, err = sums(ctx, disk, r.DiskSize, buf)
@@ -204,12 +209,12 @@ func (r *run) compare(ctx context.Context) error {
 	}
 	p := tag.GetPosition()
 	r.screen.say("disk frozen for %.0f ms; tag at %d:%d", milliseconds(time.Since(start)), p.GetTimeline(), p.GetSeq())
-	view, err := r.stage.far.open(ctx, &farsidev1.Selector{Point: &farsidev1.Selector_Position{Position: p}}, false)
+	view, err := r.stage.Far.Open(ctx, &farsidev1.Selector{Point: &farsidev1.Selector_Position{Position: p}}, false)
 	if err != nil {
 		return err
 	}
-	replica, err := sums(ctx, view.disk, r.DiskSize, buf)
-	if e := r.stage.far.close(ctx, view); err == nil {
+	replica, err := sums(ctx, view.Disk, r.DiskSize, buf)
+	if e := r.stage.Far.Close(ctx, view); err == nil {
 		err = e
 	}
 	if err != nil {

@@ -20,6 +20,7 @@ import (
 	"time"
 
 	"farside/internal/demo/guest"
+	"farside/internal/demo/stage"
 	"farside/internal/dr"
 )
 
@@ -68,12 +69,12 @@ type run struct {
 	guest  *guest.Machine
 	probe  *probe
 	scene  scene
-	stage  *stage
+	stage  *stage.Stage
 	result Result
 
-	struck   time.Time // the last moment before the disaster
-	durable  int64     // what was durable on the far side then: UTC ns
-	writable *opened   // the recovered disk
+	struck   time.Time     // the last moment before the disaster
+	durable  int64         // what was durable on the far side then: UTC ns
+	writable *stage.Opened // the recovered disk
 	expected judgement
 }
 
@@ -96,14 +97,14 @@ func Run(ctx context.Context, o Options) (result Result, err error) {
 			return r.result, err
 		}
 		if r.stage != nil {
-			if err := r.stage.ended(); err != nil {
+			if err := r.stage.Ended(); err != nil {
 				return r.result, err
 			}
 		}
 	}
 	r.summary()
 	if o.Hold != nil && r.result.Bad() == nil {
-		o.Hold(ctx, r.writable.uri)
+		o.Hold(ctx, r.writable.URI)
 	}
 	return r.result, nil
 }
@@ -117,13 +118,13 @@ func (r *run) close() error {
 		r.probe.end()
 	}
 	if r.writable != nil {
-		err = errors.Join(err, r.stage.far.close(ctx, r.writable))
+		err = errors.Join(err, r.stage.Far.Close(ctx, r.writable))
 	}
 	if r.scene != nil {
 		err = errors.Join(err, r.scene.close())
 	}
 	if r.stage != nil {
-		err = errors.Join(err, r.stage.strike())
+		err = errors.Join(err, r.stage.Strike())
 	}
 	return err
 }

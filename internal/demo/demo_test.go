@@ -1,10 +1,8 @@
 package demo
 
 import (
-	"context"
 	"errors"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -89,49 +87,6 @@ func TestResultBad(t *testing.T) {
 	skipped.Boot = Boot{Skipped: "not wanted"}
 	if err := skipped.Bad(); err != nil {
 		t.Errorf("a guest that was not wanted: %v", err)
-	}
-}
-
-func TestPoll(t *testing.T) {
-	n := 0
-	if err := poll(t.Context(), time.Minute, "count", func(context.Context) (bool, error) { n++; return n == 3, nil }); err != nil || n != 3 {
-		t.Errorf("after %d rounds: %v", n, err)
-	}
-	err := poll(t.Context(), 10*time.Millisecond, "wait for ever", func(context.Context) (bool, error) { return false, nil })
-	if !errors.Is(err, dr.ErrUnavailable) || !strings.Contains(err.Error(), "wait for ever") {
-		t.Errorf("got %v", err)
-	}
-	if err := poll(t.Context(), time.Minute, "fail", func(context.Context) (bool, error) { return false, dr.ErrDenied }); !errors.Is(err, dr.ErrDenied) {
-		t.Errorf("got %v", err)
-	}
-}
-
-func TestProcess(t *testing.T) {
-	log := filepath.Join(t.TempDir(), "log")
-	p, err := start("sleeper", log, exec.Command("sh", "-c", "echo ready; exec sleep 100"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := p.ended(); err != nil {
-		t.Error(err)
-	}
-	if err := p.stop(); err != nil {
-		t.Error(err)
-	}
-	if err := p.ended(); err == nil || !strings.Contains(err.Error(), "sleeper has ended") {
-		t.Errorf("got %v", err)
-	}
-
-	p, err = start("failer", log, exec.Command("sh", "-c", "echo no such disk; exit 3"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	<-p.done
-	if err := p.ended(); err == nil || !strings.Contains(err.Error(), "no such disk") {
-		t.Errorf("got %v", err)
-	}
-	if _, err := start("nothing", log, exec.Command(filepath.Join(t.TempDir(), "nothing"))); err == nil {
-		t.Error("started nothing")
 	}
 }
 

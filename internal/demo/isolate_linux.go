@@ -8,6 +8,8 @@ import (
 	"os/exec"
 	"strings"
 	"syscall"
+
+	"farside/internal/demo/stage"
 )
 
 // isolated marks the process that runs in a mount namespace of its own.
@@ -40,7 +42,7 @@ func Isolate(ctx context.Context, out, errs *os.File) (code int, done bool, err 
 	select {
 	case err = <-ended:
 	case <-ctx.Done():
-		_ = terminate(cmd.Process) // it may have ended already
+		_ = stage.Terminate(cmd.Process) // it may have ended already
 		err = <-ended
 	}
 	var exit *exec.ExitError

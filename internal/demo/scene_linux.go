@@ -15,6 +15,8 @@ import (
 	"strings"
 	"time"
 
+	"farside/internal/demo/stage"
+
 	"golang.org/x/sys/unix"
 )
 
@@ -26,7 +28,7 @@ type database struct {
 	dir    string // the work directory
 	rate   int
 	device *device
-	load   *process
+	load   *stage.Process
 	stdin  io.Closer // the load ends when it is closed
 	log    *oracle
 }
@@ -67,7 +69,7 @@ func writeArchive(dir string, size int64) error {
 func (s *database) path() string     { return s.device.path }
 func (s *database) live() bool       { return true }
 func (s *database) commits() *oracle { return s.log }
-func (s *database) running() error   { return s.load.ended() }
+func (s *database) running() error   { return s.load.Ended() }
 
 func (s *database) begin(context.Context) error {
 	self, err := os.Executable()
@@ -78,7 +80,7 @@ func (s *database) begin(context.Context) error {
 	if s.stdin, err = cmd.StdinPipe(); err != nil {
 		return fmt.Errorf("start the load: %w", err)
 	}
-	s.load, err = start("load", filepath.Join(s.dir, "load.log"), cmd)
+	s.load, err = stage.Start("load", filepath.Join(s.dir, "load.log"), cmd)
 	return err
 }
 
@@ -111,8 +113,8 @@ func (s *database) disaster(ctx context.Context) (what string, err error) {
 	}
 	defer func() { err = errors.Join(err, s.device.abandon()) }()
 	select { // the database notices sooner or later, or not at all while it reads from memory
-	case <-s.load.done:
-		return "the database died of it: " + lastLines(filepath.Join(s.dir, "load.log"), 1), nil
+	case <-s.load.Done():
+		return "the database died of it: " + stage.LastLines(filepath.Join(s.dir, "load.log"), 1), nil
 	case <-ctx.Done():
 		return "", context.Cause(ctx)
 	case <-time.After(500 * time.Millisecond):
@@ -195,7 +197,7 @@ func (s *database) close() error {
 	var err error
 	if s.load != nil {
 		_ = s.stdin.Close() // it may have ended already
-		err = s.load.stop()
+		err = s.load.Stop()
 	}
 	return errors.Join(err, s.device.Close(), s.log.Close())
 }

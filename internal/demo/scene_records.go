@@ -58,7 +58,7 @@ func (s *records) running() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.mu.ended {
-		return fmt.Errorf("the load has ended: %w", cmpErr(s.mu.err))
+		return fmt.Errorf("the load has ended: %v", s.mu.err)
 	}
 	return nil
 }

@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"farside/internal/demo/stage"
 	"farside/internal/nbd"
 )
 
@@ -25,7 +26,7 @@ func (d fileDisk) Flush() error { return d.Sync() }
 func TestRecordsScene(t *testing.T) {
 	const size = 8 << 20
 	dir := t.TempDir()
-	s, err := newRecords(dir, size, 0, tapURI(dir))
+	s, err := newRecords(dir, size, 0, stage.TapURI(dir))
 	if err != nil {
 		t.Fatal(err)
 	}

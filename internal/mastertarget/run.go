@@ -38,7 +38,7 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger) error {
 		return fmt.Errorf("master target: %w", err)
 	}
 	exports, err := export.Listen(export.Options{
-		Socket: cfg.NBD.Socket, Listen: cfg.NBD.Listen, Host: cfg.NBD.Host, TLS: id.ServerConfig(),
+		Socket: cfg.NBD.Socket, Listen: cfg.NBD.Listen, Host: cfg.NBD.Host, TLS: id.ServerConfig(transport.RoleClient),
 		Log: func(err error) { log.Debug("export connection", "error", err) },
 	})
 	if err != nil {

@@ -1,4 +1,4 @@
-package demo
+package stage
 
 import (
 	"os"
@@ -7,9 +7,9 @@ import (
 )
 
 // dieWithParent lets the kernel kill cmd when the demo is killed, and keeps an interrupt from the terminal away
-// from it: the demo ends its processes in order.
+// from it: the demo ends its Processes in order.
 func dieWithParent(cmd *exec.Cmd) {
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Setpgid: true}
 }
 
-func terminate(p *os.Process) error { return p.Signal(syscall.SIGTERM) }
+func Terminate(p *os.Process) error { return p.Signal(syscall.SIGTERM) }

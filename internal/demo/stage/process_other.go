@@ -1,6 +1,6 @@
 //go:build !linux
 
-package demo
+package stage
 
 import (
 	"os"
@@ -9,4 +9,4 @@ import (
 
 func dieWithParent(*exec.Cmd) {}
 
-func terminate(p *os.Process) error { return p.Kill() }
+func Terminate(p *os.Process) error { return p.Kill() }

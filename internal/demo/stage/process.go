@@ -1,4 +1,4 @@
-package demo
+package stage
 
 import (
 	"errors"
@@ -9,17 +9,17 @@ import (
 	"time"
 )
 
-// process is a program of the demo: a role, the load. It dies with the demo.
-type process struct {
-	name string
+// Process is a program on the stage: a role, the load. It dies with the caller.
+type Process struct {
+	Name string
 	log  string // file with what it prints
 	cmd  *exec.Cmd
 	done chan struct{} // closed when it has ended; err is valid then
 	err  error
 }
 
-// start starts a program; what it prints goes to the file log.
-func start(name, log string, cmd *exec.Cmd) (*process, error) {
+// Start starts a program; what it prints goes to the file log.
+func Start(name, log string, cmd *exec.Cmd) (*Process, error) {
 	f, err := os.OpenFile(log, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
 	if err != nil {
 		return nil, fmt.Errorf("start %s: %w", name, err)
@@ -30,7 +30,7 @@ func start(name, log string, cmd *exec.Cmd) (*process, error) {
 	if err := cmd.Start(); err != nil {
 		return nil, fmt.Errorf("start %s: %w", name, err)
 	}
-	p := &process{name: name, log: log, cmd: cmd, done: make(chan struct{})}
+	p := &Process{Name: name, log: log, cmd: cmd, done: make(chan struct{})}
 	go func() {
 		p.err = cmd.Wait()
 		close(p.done)
@@ -38,28 +38,34 @@ func start(name, log string, cmd *exec.Cmd) (*process, error) {
 	return p, nil
 }
 
+// PID returns the process id.
+func (p *Process) PID() int { return p.cmd.Process.Pid }
+
+// Done is closed when the process has ended.
+func (p *Process) Done() <-chan struct{} { return p.done }
+
 // patience is how long a process may take to end when asked to.
 const patience = 5 * time.Second
 
-// stop asks the process to end, waits, and kills it if it doesn't.
-func (p *process) stop() error {
-	_ = terminate(p.cmd.Process) // it may have ended already
+// Stop asks the process to end, waits, and kills it if it doesn't.
+func (p *Process) Stop() error {
+	_ = Terminate(p.cmd.Process) // it may have ended already
 	select {
 	case <-p.done:
 		return nil
 	case <-time.After(patience):
 	}
-	err := fmt.Errorf("%s did not end within %v when asked to and was killed", p.name, patience)
+	err := fmt.Errorf("%s did not end within %v when asked to and was killed", p.Name, patience)
 	err = errors.Join(err, p.cmd.Process.Kill())
 	<-p.done
 	return err
 }
 
-// ended says why a process that should run does not, or nil if it runs.
-func (p *process) ended() error {
+// Ended says why a process that should run does not, or nil if it runs.
+func (p *Process) Ended() error {
 	select {
 	case <-p.done:
-		return fmt.Errorf("%s has ended: %w; it said last:\n%s", p.name, cmpErr(p.err), lastLines(p.log, 5))
+		return fmt.Errorf("%s has ended: %w; it said last:\n%s", p.Name, cmpErr(p.err), LastLines(p.log, 5))
 	default:
 		return nil
 	}
@@ -72,8 +78,8 @@ func cmpErr(err error) error {
 	return err
 }
 
-// lastLines returns the last n lines of a file, or why it can't.
-func lastLines(path string, n int) string {
+// LastLines returns the last n lines of a file, or why it can't.
+func LastLines(path string, n int) string {
 	b, err := os.ReadFile(path)
 	if err != nil {
 		return err.Error()

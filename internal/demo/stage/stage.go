@@ -1,0 +1,217 @@
+// Package stage sets up a whole deployment on one machine for the demo and for tests: the four roles as
+// processes of this program, joined and configured as an administrator would.
+//
+// Main types: Stage, the processes; Far, the deployment as seen through its API; Opened, an open view with a
+// connection to its disk; Process, a program that dies with its caller.
+//
+// It wires nothing by hand: all goes through configuration files, tokens and the API. It makes no disks and no load.
+// A Stage belongs to one goroutine.
+package stage
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"farside/internal/api"
+	farsidev1 "farside/internal/api/farside/v1"
+)
+
+// Stage is the four roles as processes, set up the way an administrator does it: a configuration file each, a
+// one-time token each, farside join.
+type Stage struct {
+	Processes []*Process
+	Far       Far
+
+	Options
+}
+
+// Options say how to set a deployment up.
+type Options struct {
+	Dir     string // where files of all roles go; it must be there
+	Program string // the farside program
+	Driver  string // of capture: "ebpf" or "tap"
+	Disk    string // the disk that a tap stands in front of
+	Ring    string // size of the capture's buffer; "" is the driver's default
+}
+
+// role is one of the programs on the stage.
+type role struct {
+	verb string // of the command line, and name of its files
+	join farsidev1.Role
+	conf string // configuration file; %[1]s is its data directory
+}
+
+// path returns a path in the work directory.
+func (s *Stage) path(elem ...string) string {
+	return filepath.Join(append([]string{s.Dir}, elem...)...)
+}
+
+// tapSocket is where the agent's tap listens.
+func (s *Stage) tapSocket() string { return s.path("tap.sock") }
+
+// TapURI is where the tap of a stage in the work directory dir is reached.
+func TapURI(dir string) string { return "nbd+unix:///?socket=" + filepath.Join(dir, "tap.sock") }
+
+// roles returns the roles that join. The agent offers the disk for protection.
+func (s *Stage) roles() []role {
+	agent := "data: %[1]s\nloop_devices: true\ncapture:\n  driver: " + s.Driver + "\n"
+	if s.Ring != "" {
+		agent += "  ring: " + s.Ring + "\n"
+	}
+	if s.Driver == "tap" {
+		agent += fmt.Sprintf("  tap:\n    socket: %s\n    disks:\n      - name: disk\n        path: %s\n", s.tapSocket(), s.Disk)
+	}
+	return []role{
+		{"process-server", farsidev1.Role_ROLE_PROCESS_SERVER, "data: %[1]s\nlisten: 127.0.0.1:0\n"},
+		{"master-target", farsidev1.Role_ROLE_MASTER_TARGET, "data: %[1]s\nlisten: 127.0.0.1:0\n"},
+		{"agent", farsidev1.Role_ROLE_AGENT, agent},
+	}
+}
+
+// Raise starts the configuration server, lets the other roles join, and starts them.
+func Raise(ctx context.Context, o Options) (s *Stage, err error) {
+	s = &Stage{Options: o}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, s.Strike())
+		}
+	}()
+	port, err := freePort()
+	if err != nil {
+		return nil, err
+	}
+	if err := s.start("config-server", fmt.Sprintf("data: %%[1]s\nlisten: 127.0.0.1:%d\nreport_every: 200ms\n", port)); err != nil {
+		return s, err
+	}
+	if err := s.connect(ctx); err != nil {
+		return s, err
+	}
+	for _, r := range s.roles() {
+		if err := s.join(ctx, r); err != nil {
+			return s, err
+		}
+		if err := s.start(r.verb, r.conf); err != nil {
+			return s, err
+		}
+	}
+	for _, r := range s.roles() {
+		n, err := s.online(ctx, r)
+		if err != nil {
+			return s, err
+		}
+		if r.join == farsidev1.Role_ROLE_AGENT {
+			s.Far.Machine = n.GetMachineId()
+		}
+	}
+	return s, nil
+}
+
+// start writes a role's configuration and starts it.
+func (s *Stage) start(verb, conf string) error {
+	file := s.path(verb + ".yaml")
+	text := fmt.Sprintf(conf, s.path(verb))
+	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+		return fmt.Errorf("configure %s: %w", verb, err)
+	}
+	p, err := Start(verb, s.path(verb+".log"), exec.Command(s.Program, verb, "--config", file))
+	if err != nil {
+		return err
+	}
+	s.Processes = append(s.Processes, p)
+	return nil
+}
+
+// connect waits for the configuration server and for the context file that it writes at its first start.
+func (s *Stage) connect(ctx context.Context) error {
+	return Poll(ctx, 20*time.Second, "wait for the configuration server", func(ctx context.Context) (bool, error) {
+		if err := s.Ended(); err != nil {
+			return false, err
+		}
+		c, err := api.LoadContext(s.path("config-server", "admin.json"))
+		if err != nil {
+			return false, nil //nolint:nilerr // not there yet
+		}
+		if s.Far.Client == nil {
+			if s.Far.Client, err = api.NewClient(c); err != nil {
+				return false, err
+			}
+		}
+		_, err = s.Far.Client.GetServer(ctx, &farsidev1.GetServerRequest{})
+		return err == nil, nil
+	})
+}
+
+// join buys a role its certificate with a one-time token.
+func (s *Stage) join(ctx context.Context, r role) error {
+	t, err := s.Far.Client.CreateToken(ctx, &farsidev1.CreateTokenRequest{Role: r.join, Name: "demo " + r.verb})
+	if err != nil {
+		return fmt.Errorf("make a token for the %s: %w", r.verb, err)
+	}
+	cmd := exec.CommandContext(ctx, s.Program, "join", "--data", s.path(r.verb), t.GetToken())
+	dieWithParent(cmd)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("join the %s: %w: %s", r.verb, err, strings.TrimSpace(string(out)))
+	}
+	return nil
+}
+
+// online waits until the node of a role has reported.
+func (s *Stage) online(ctx context.Context, r role) (*farsidev1.Node, error) {
+	var found *farsidev1.Node
+	err := Poll(ctx, 30*time.Second, "wait for the "+r.verb, func(ctx context.Context) (bool, error) {
+		if err := s.Ended(); err != nil {
+			return false, err
+		}
+		list, err := s.Far.Client.ListNodes(ctx, &farsidev1.ListNodesRequest{Role: r.join})
+		if err != nil {
+			return false, err
+		}
+		for _, n := range list.GetNodes() {
+			if n.GetOnline() {
+				found = n
+			}
+		}
+		return found != nil, nil
+	})
+	return found, err
+}
+
+// Ended says which process has ended that should run.
+func (s *Stage) Ended() error {
+	for _, p := range s.Processes {
+		if err := p.Ended(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Strike ends all processes, the last first.
+func (s *Stage) Strike() error {
+	var err error
+	for i := len(s.Processes) - 1; i >= 0; i-- {
+		err = errors.Join(err, s.Processes[i].Stop())
+	}
+	s.Processes = nil
+	if s.Far.Client != nil {
+		err = errors.Join(err, s.Far.Client.Close())
+	}
+	return err
+}
+
+// freePort returns a TCP port of the loopback that is free now.
+func freePort() (int, error) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return 0, fmt.Errorf("find a free port: %w", err)
+	}
+	defer l.Close()
+	return l.Addr().(*net.TCPAddr).Port, nil
+}
