@@ -37,13 +37,33 @@ func newWriter(conn net.Conn) *writer {
 func (w *writer) write(parts ...[]byte) error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	if err := w.putLocked(parts); err != nil {
+		return err
+	}
+	return w.mu.buf.Flush()
+}
+
+// put is write, but small messages may wait for the next write or flush.
+func (w *writer) put(parts ...[]byte) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.putLocked(parts)
+}
+
+func (w *writer) flush() error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.mu.buf.Flush()
+}
+
+func (w *writer) putLocked(parts [][]byte) error {
 	w.mu.wrote = true
 	for _, p := range parts {
 		if _, err := w.mu.buf.Write(p); err != nil {
 			return err
 		}
 	}
-	return w.mu.buf.Flush()
+	return nil
 }
 
 // keepAlive shows life while nothing else is sent, until ctx ends.

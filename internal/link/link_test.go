@@ -83,6 +83,12 @@ func (l *list) Next(ctx context.Context) ([]byte, error) {
 	return nil, context.Cause(ctx)
 }
 
+func (l *list) Ready() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.next < len(l.frames)
+}
+
 func (l *list) Acked(a Ack) {
 	l.mu.Lock()
 	defer l.mu.Unlock()

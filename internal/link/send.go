@@ -25,6 +25,13 @@ type Source interface {
 	Acked(a Ack)
 }
 
+// ReadySource is a Source that knows whether Next would return a frame at once.
+// Then small frames leave together.
+type ReadySource interface {
+	Source
+	Ready() bool
+}
+
 // SenderOptions describe a stream to Send.
 type SenderOptions struct {
 	Hello
@@ -111,6 +118,10 @@ func (s *sendShell) write(ctx context.Context) error {
 	case <-ctx.Done():
 		return context.Cause(ctx)
 	}
+	ready := func() bool { return false }
+	if r, ok := s.o.Source.(ReadySource); ok {
+		ready = r.Ready
+	}
 	head := make([]byte, headerSize)
 	for {
 		b, err := s.o.Source.Next(ctx)
@@ -121,7 +132,11 @@ func (s *sendShell) write(ctx context.Context) error {
 			return err
 		}
 		putHeader(head, msgFrame, len(b))
-		if err := s.w.write(head, b); err != nil {
+		send := s.w.put
+		if !ready() {
+			send = s.w.write
+		}
+		if err := send(head, b); err != nil {
 			return err
 		}
 	}
@@ -144,6 +159,9 @@ func (s *sendShell) admit(ctx context.Context, b []byte) error {
 			return err
 		}
 		s.mu.Unlock()
+		if err := s.w.flush(); err != nil { // what is to be acknowledged must have left
+			return err
+		}
 		select {
 		case <-s.room:
 		case <-ctx.Done():

@@ -76,6 +76,13 @@ func (r *Reader) Next(ctx context.Context) (*frame.Frame, error) {
 	}
 }
 
+// Ready reports whether Next would return at once.
+func (r *Reader) Ready() bool {
+	r.s.mu.Lock()
+	defer r.s.mu.Unlock()
+	return r.s.mu.closed || r.s.mu.era != r.era || r.next <= r.s.mu.synced.Position.Seq
+}
+
 // find returns where the next frame lies, or the channel to wait on.
 func (r *Reader) find() (*segment.Reader, segment.Entry, chan struct{}, error) {
 	s := r.s

@@ -64,6 +64,9 @@ func expect(t testing.TB, s *Spool, c frame.Cursor, want []*frame.Frame) {
 		t.Fatal(err)
 	}
 	for i, w := range want {
+		if !r.Ready() {
+			t.Fatalf("frame %d is not ready", i)
+		}
 		f, err := r.Next(t.Context())
 		if err != nil {
 			t.Fatal(err)
@@ -143,6 +146,9 @@ func TestReadersSeeOnlyWhatIsSynced(t *testing.T) {
 		_, s := fresh(t, Options{})
 		all := stream(t, origin, 2)
 		r := must(s.ReadFrom(origin))
+		if r.Ready() {
+			t.Error("ready with nothing there")
+		}
 		got := make(chan *frame.Frame, 2)
 		ctx, cancel := context.WithCancel(t.Context())
 		defer cancel()
