@@ -67,6 +67,8 @@ func (f *finite) Next(ctx context.Context) ([]byte, error) {
 	return f.frames[f.next-1], nil
 }
 
+func (f *finite) Ready() bool { return f.next < len(f.frames) }
+
 func (f *finite) Acked(a link.Ack) {
 	if a.Durable == f.last {
 		f.done()
@@ -90,7 +92,7 @@ func (v void) Append(_ context.Context, fs []*frame.Frame) error {
 // the disk alone, written and synced in the same pieces.
 func BenchmarkForward(b *testing.B) {
 	const total = 128 << 20
-	for _, size := range []int{64 << 10, 1 << 20} {
+	for _, size := range []int{4 << 10, 64 << 10, 1 << 20} {
 		for name, fill := range map[string]func(*rand.ChaCha8, []byte){
 			"incompressible": func(r *rand.ChaCha8, p []byte) { r.Read(p) }, "half": mixed,
 		} {

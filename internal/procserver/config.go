@@ -22,7 +22,7 @@ type Config struct {
 	// Listen is host:port for the streams of agents. Port 0 chooses one.
 	Listen string `yaml:"listen"`
 	// Advertise is host:port at which agents reach Listen. Default: the address
-	// listened on.
+	// listened on; needed when that is all addresses.
 	Advertise string `yaml:"advertise"`
 	// Spool is the directory of the frames on their way. Default: spool in Data.
 	Spool string `yaml:"spool"`
@@ -77,6 +77,9 @@ func (c *Config) check() error {
 		if _, _, err := net.SplitHostPort(addr); err != nil {
 			return fmt.Errorf("%s: want host:port, not %q: %w", key, addr, dr.ErrInvalid)
 		}
+	}
+	if host, _, _ := net.SplitHostPort(c.Listen); c.Advertise == "" && (host == "" || net.ParseIP(host).IsUnspecified()) {
+		return fmt.Errorf("advertise: needed, because listen is on all addresses: %w", dr.ErrInvalid)
 	}
 	if c.SpoolLimit < minSpoolLimit {
 		return fmt.Errorf("spool_limit: %v is less than %v: %w", c.SpoolLimit, dr.Size(minSpoolLimit), dr.ErrInvalid)

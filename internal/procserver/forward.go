@@ -135,6 +135,9 @@ func (x *source) Next(ctx context.Context) ([]byte, error) {
 	return f.Bytes(), nil
 }
 
+// Ready implements link.ReadySource.
+func (x *source) Ready() bool { return x.r.Ready() }
+
 // Acked implements link.Source.
 func (x *source) Acked(a link.Ack) {
 	s := x.s

@@ -181,6 +181,7 @@ type site struct {
 	t       testing.TB
 	fs      vfs.FS
 	limit   int64
+	wg      sync.WaitGroup // the master target's connections
 	target  *target
 	cut     func() bool // whether the WAN is cut right now
 	breakAt func() int  // bytes after which a WAN connection breaks; 0 never
@@ -191,7 +192,10 @@ func (s *site) dial(ctx context.Context, _ route) (net.Conn, error) {
 		return nil, dr.ErrUnavailable
 	}
 	a, b := transport.Pipe(psPeer, mtPeer)
-	go link.Receive(ctx, b, func(context.Context, link.Hello) (link.Sink, error) { return s.target, nil })
+	target := s.target
+	s.wg.Go(func() {
+		link.Receive(ctx, b, func(context.Context, link.Hello) (link.Sink, error) { return target, nil })
+	})
 	if s.breakAt != nil {
 		return &breaking{a, s.breakAt()}, nil
 	}
@@ -205,8 +209,9 @@ type breaking struct {
 
 func (b *breaking) Write(p []byte) (int, error) {
 	if b.left -= len(p); b.left < 0 {
+		n, _ := b.Conn.Write(p[:max(0, len(p)+b.left)])
 		b.Conn.Close()
-		return 0, net.ErrClosed
+		return n, net.ErrClosed
 	}
 	return b.Conn.Write(p)
 }
@@ -223,7 +228,7 @@ func (s *site) start(ctx context.Context) (srv *server, stop func()) {
 	ctx, cancel := context.WithCancel(ctx)
 	srv = newServer(s.fs, "/spool", s.limit, s.dial, slog.New(slog.DiscardHandler))
 	srv.assign(ctx, assignment())
-	return srv, func() { cancel(); srv.close() }
+	return srv, func() { cancel(); srv.close(); s.wg.Wait() }
 }
 
 // connect runs the agent's side against srv until ctx ends.
@@ -466,7 +471,8 @@ func TestConfig(t *testing.T) {
 	}
 	for text, want := range map[string]string{
 		"data: /d\nlisten: 127.0.0.1:0\nspol: x\n": "spol", "listen: a:1\n": "data", "data: /d\nlisten: nowhere\n": "listen",
-		"data: /d\nlisten: a:1\nspool_limit: 1MiB\n": "spool_limit", "data: /d\nlisten: a:1\nspool_limit: lots\n": "lots",
+		"data: /d\nlisten: a:1\nspool_limit: 1MiB\n": "spool_limit", "data: /d\nlisten: :1\n": "advertise", "data: /d\nlisten: 0.0.0.0:1\n": "advertise", "data: /d\nlisten: '[::]:1'\n": "advertise",
+		"data: /d\nlisten: a:1\nadvertise: b\n": "advertise", "data: /d\nlisten: a:1\nspool_limit: lots\n": "lots",
 	} {
 		if _, err := write(text); !errors.Is(err, dr.ErrInvalid) || !strings.Contains(err.Error(), want) {
 			t.Errorf("%q: %v", text, err)

@@ -25,7 +25,8 @@ const (
 )
 
 // Run is the process server: it serves its assignment until ctx ends. The node
-// must have joined; otherwise the error wraps dr.ErrNotFound.
+// must have joined; otherwise the error wraps dr.ErrNotFound, or dr.ErrInvalid if it
+// joined in another role.
 func Run(ctx context.Context, cfg Config, log *slog.Logger) error {
 	client, err := control.Open(control.Options{DataDir: cfg.Data, Version: cfg.Version, Log: log})
 	if err != nil {
@@ -33,6 +34,9 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger) error {
 	}
 	defer client.Close()
 	id := client.Identity()
+	if role := id.Peer().Role; role != transport.RoleProcessServer {
+		return fmt.Errorf("process server: %s holds the identity of a %s: %w", cfg.Data, role, dr.ErrInvalid)
+	}
 	listener, err := id.Listen(cfg.Listen, transport.RoleAgent)
 	if err != nil {
 		return fmt.Errorf("process server: listen for agents: %w", err)
