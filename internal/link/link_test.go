@@ -321,15 +321,20 @@ func raw(t *testing.T, sink *memSink, bodies ...[]byte) (refused error) {
 }
 
 func TestOpenRefuses(t *testing.T) {
-	for want, err := range map[error]error{
-		dr.ErrDenied: fmt.Errorf("not yours: %w", dr.ErrDenied), dr.ErrNotFound: dr.ErrNotFound,
-		dr.ErrTimeline: dr.ErrTimeline, dr.ErrUnavailable: errors.New("disk on fire"),
+	for _, tc := range []struct {
+		err, want error
+		final     bool
+	}{
+		{fmt.Errorf("not yours: %w", dr.ErrDenied), dr.ErrDenied, true},
+		{dr.ErrTimeline, dr.ErrTimeline, true},
+		{dr.ErrNotFound, dr.ErrNotFound, false},
+		{errors.New("disk on fire"), dr.ErrUnavailable, false},
 	} {
 		src := newList(frames(t, origin, 1))
-		sendErr, _ := session(t.Context(), src, func(context.Context, Hello) (Sink, error) { return nil, err }, nil)
+		sendErr, _ := session(t.Context(), src, func(context.Context, Hello) (Sink, error) { return nil, tc.err }, nil)
 		r := (*Refused)(nil)
-		if !errors.As(sendErr, &r) || !errors.Is(sendErr, want) || IsFinal(sendErr) != (want == dr.ErrDenied || want == dr.ErrTimeline) {
-			t.Errorf("open said %v, sender sees %v", err, sendErr)
+		if !errors.As(sendErr, &r) || !errors.Is(sendErr, tc.want) || IsFinal(sendErr) != tc.final {
+			t.Errorf("open said %v, sender sees %v", tc.err, sendErr)
 		}
 	}
 	src := newList(frames(t, frame.Cursor{Machine: machine, Position: dr.Position{Timeline: 1, Seq: 50}}, 2))

@@ -67,7 +67,7 @@ func (s *receiveShell) refuse(err error) error {
 	}
 	// Closing with unread bytes would reset the connection, and the refusal be lost.
 	if s.conn.SetReadDeadline(time.Now().Add(lingerFor)) == nil {
-		io.Copy(io.Discard, s.conn) // ends with an error by design
+		_, _ = io.Copy(io.Discard, s.conn) // ends with an error by design
 	}
 	return err
 }

@@ -159,6 +159,7 @@ func newTarget(at frame.Cursor) *target {
 
 func (m *target) Cursor() frame.Cursor { m.mu.Lock(); defer m.mu.Unlock(); return m.at }
 func (m *target) Sync() error          { c := m.Cursor().Position.Seq; m.progress.Raise(c, c); return nil }
+
 func (m *target) Progress() *link.Progress {
 	return m.progress
 }
