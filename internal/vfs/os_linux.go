@@ -52,6 +52,15 @@ func (f osFile) NextData(off int64) (start, end int64, err error) {
 	return start, end, err
 }
 
+// Space implements SpaceTeller.
+func (osFS) Space(dir string) (total, free int64, err error) {
+	var st unix.Statfs_t
+	if err := unix.Statfs(dir, &st); err != nil {
+		return 0, 0, &os.PathError{Op: "statfs", Path: dir, Err: err}
+	}
+	return int64(st.Blocks) * st.Bsize, int64(st.Bavail) * st.Bsize, nil
+}
+
 // AllocatedBytes implements AllocatedSizer.
 func (f osFile) AllocatedBytes() (int64, error) {
 	var st unix.Stat_t

@@ -84,6 +84,22 @@ type AllocatedSizer interface {
 	AllocatedBytes() (int64, error)
 }
 
+// SpaceTeller is the ability of an FS to tell how much space it has, in bytes.
+type SpaceTeller interface {
+	Space(dir string) (total, free int64, err error)
+}
+
+// Space returns the bytes of the file system that holds dir, and those that
+// are free for files; zeroes if that is not known.
+func Space(fsys FS, dir string) (total, free int64) {
+	if t, ok := fsys.(SpaceTeller); ok {
+		if total, free, err := t.Space(dir); err == nil {
+			return total, free
+		}
+	}
+	return 0, 0
+}
+
 // PunchHole makes [off, off+n) of f read as zeroes: by its own ability, or by
 // writing them. The range must lie within the file.
 func PunchHole(f File, off, n int64) error {

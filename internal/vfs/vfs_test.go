@@ -6,6 +6,7 @@ import (
 	"io"
 	"io/fs"
 	"path"
+	"runtime"
 	"slices"
 	"testing"
 
@@ -230,4 +231,16 @@ func testRandom(t *testing.T, make func() (FS, string)) {
 			}
 		}
 	})
+}
+
+func TestSpace(t *testing.T) {
+	if total, free := Space(OS(), t.TempDir()); runtime.GOOS == "linux" && (total <= 0 || free <= 0 || free > total) {
+		t.Errorf("%d of %d bytes are free", free, total)
+	}
+	if total, free := Space(OS(), "/no/such/directory"); total != 0 || free != 0 {
+		t.Errorf("of nowhere: %d %d", total, free)
+	}
+	if total, _ := Space(NewMem(), "/"); total != 0 {
+		t.Errorf("in memory: %d", total)
+	}
 }
