@@ -271,10 +271,13 @@ func (s *server) report() *pb.Report {
 	notices := slices.Clone(s.mu.notices)
 	s.mu.Unlock()
 	slices.SortFunc(all, func(a, b *running) int { return strings.Compare(a.machine.String(), b.machine.String()) })
-	work := &pb.ProcessServerReport{SpoolLimitBytes: s.limit * int64(len(all))}
+	work := &pb.ProcessServerReport{}
+	_, work.DiskFreeBytes = vfs.Space(s.fs, s.dir)
 	for _, r := range all {
-		work.Streams = append(work.Streams, r.status(time.Now(), s.links.Connected(r.machine)))
-		work.SpoolUsedBytes += r.spool.Bytes()
+		sp := r.spool.Status()
+		work.Streams = append(work.Streams, r.status(sp, time.Now(), s.links.Connected(r.machine)))
+		work.SpoolUsedBytes += sp.Bytes
+		work.SpoolLimitBytes += sp.Limit
 	}
 	return &pb.Report{Notices: notices, Work: &pb.Report_ProcessServer{ProcessServer: work}}
 }

@@ -10,8 +10,7 @@ import (
 )
 
 // status describes the stream at a moment.
-func (s *stream) status(now time.Time, agentConnected bool) *pb.StreamStatus {
-	sp := s.spool.Status()
+func (s *stream) status(sp spool.Status, now time.Time, agentConnected bool) *pb.StreamStatus {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	st := &pb.StreamStatus{

@@ -65,7 +65,7 @@ func newStream(r route, e env, sp *spool.Spool, drop func(), log *slog.Logger) *
 	c, ok := sp.Cursor()
 	// Another timeline's frames are of no use; the master target says where to start over.
 	s.mu.ready = ok && c.Position.Timeline == r.timeline
-	s.mu.progress = link.NewProgress(link.Ack{Stored: c.Position.Seq})
+	s.mu.progress = link.NewProgress(link.Ack{Stored: c.Position.Seq, Durable: sp.Status().Durable})
 	return s
 }
 

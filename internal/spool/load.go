@@ -29,6 +29,9 @@ func (s *Spool) load() error {
 	}
 	if n := len(s.mu.parts); n > 0 {
 		s.mu.synced = s.mu.parts[n-1].reader.End()
+		// What lay before the first segment was dropped because the far side has it.
+		start := s.mu.parts[0].reader.Start()
+		s.mu.durable, s.mu.durableTime = start.Position.Seq, start.Time
 	}
 	return nil
 }

@@ -365,7 +365,9 @@ func TestStatus(t *testing.T) {
 		t.Errorf("all is durable: %+v", st)
 	}
 	must(0, s.Close())
-	if st := open(t, mem, Options{}).Status(); st.Synced != all[11].End() {
+	again := open(t, mem, Options{Limit: 5000})
+	c, _ := again.Cursor()
+	if st := again.Status(); st.Synced != all[11].End() || st.Limit != 5000 || st.Durable < all[4].Last || st.Durable > c.Position.Seq {
 		t.Errorf("opened again: %+v", st)
 	}
 }

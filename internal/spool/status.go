@@ -8,6 +8,7 @@ import (
 // Status is how a spool stands.
 type Status struct {
 	Bytes       int64        // of all segments
+	Limit       int64        // of Bytes; 0 means none
 	Synced      frame.Cursor // the end of what is durable here
 	Durable     dr.Seq       // the far side is known to have all up to here
 	DurableTime int64        // UTC ns, of the frame that holds Durable; 0 if not known
@@ -22,7 +23,7 @@ func (s *Spool) Status() Status {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	st := Status{
-		Bytes: s.bytesLocked(), Synced: s.mu.synced, Full: s.mu.waiting,
+		Bytes: s.bytesLocked(), Limit: s.opts.Limit, Synced: s.mu.synced, Full: s.mu.waiting,
 		Durable: s.mu.durable, DurableTime: s.mu.durableTime,
 	}
 	for _, p := range s.mu.parts {
