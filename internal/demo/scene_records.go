@@ -1,6 +1,7 @@
 package demo
 
 import (
+	"cmp"
 	"context"
 	"encoding/hex"
 	"errors"
@@ -33,6 +34,9 @@ type records struct {
 	}
 }
 
+// errEnded: the load ended without an error, since its disk is full or it was told to.
+var errEnded = errors.New("nothing left to do")
+
 // newRecords makes the disk, a sparse file in the work directory. The tap will listen at the URI.
 func newRecords(dir string, size int64, rate int, tap string) (scene, error) {
 	log, err := openOracle(filepath.Join(dir, "commits.log"))
@@ -58,7 +62,7 @@ func (s *records) running() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.mu.ended {
-		return fmt.Errorf("the load has ended: %v", s.mu.err)
+		return fmt.Errorf("the load has ended: %w", s.mu.err)
 	}
 	return nil
 }
@@ -79,7 +83,7 @@ func (s *records) begin(ctx context.Context) error {
 		err = errors.Join(err, disk.Close(), log.Close())
 		s.mu.Lock()
 		defer s.mu.Unlock()
-		s.mu.err, s.mu.ended = err, true
+		s.mu.err, s.mu.ended = cmp.Or(err, errEnded), true
 	})
 	return nil
 }

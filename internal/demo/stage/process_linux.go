@@ -7,9 +7,10 @@ import (
 )
 
 // dieWithParent lets the kernel kill cmd when the demo is killed, and keeps an interrupt from the terminal away
-// from it: the demo ends its Processes in order.
+// from it: the demo ends its processes in order.
 func dieWithParent(cmd *exec.Cmd) {
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Setpgid: true}
 }
 
+// Terminate asks a process to end.
 func Terminate(p *os.Process) error { return p.Signal(syscall.SIGTERM) }

@@ -9,4 +9,5 @@ import (
 
 func dieWithParent(*exec.Cmd) {}
 
+// Terminate asks a process to end.
 func Terminate(p *os.Process) error { return p.Kill() }
