@@ -40,6 +40,7 @@ func (s *stream) forward(ctx context.Context) error {
 				pause = retryMax // it takes another assignment, here or there
 			}
 		}
+		pause -= pause / 2 * time.Duration(s.machine[15]) / 256 // not all streams at once
 		s.log.Warn("connection to the master target ended; will connect again", "error", err, "pause", pause)
 		select {
 		case <-time.After(pause):
