@@ -34,7 +34,7 @@ func failing(mem *vfs.Mem, from, n int) (fsys vfs.FS, calls func() int) {
 // does, loses nothing that was synced and comes to the end by itself, whichever calls fail,
 // once or for a while; and what a power cut leaves then is right too.
 func TestHealsAfterFailuresOfTheDisk(t *testing.T) {
-	all := stream(t, origin, 20)
+	all := stream(origin, 20)
 	for _, n := range []int{1, 2, 9} {
 		for from := 1; ; from++ {
 			mem := vfs.NewMem()

@@ -23,14 +23,11 @@ func must[T any](v T, err error) T {
 }
 
 // stream makes n frames of about 1 KiB that continue c.
-func stream(t testing.TB, c frame.Cursor, n int) (out []*frame.Frame) {
-	t.Helper()
+func stream(c frame.Cursor, n int) (out []*frame.Frame) {
 	e := frame.NewEncoder(c, frame.None)
 	for i := range n {
 		e.Begin(frame.Changes, dr.Exact, false)
-		if _, err := e.Add(dr.Extent{Offset: int64(i) * 512, Length: 512}, dr.Data, int64(i), bytes.Repeat([]byte{byte(i)}, 512)); err != nil {
-			t.Fatal(err)
-		}
+		must(e.Add(dr.Extent{Offset: int64(i) * 512, Length: 512}, dr.Data, int64(i), bytes.Repeat([]byte{byte(i)}, 512)))
 		out = append(out, must(frame.Parse(must(e.Finish()))))
 	}
 	return out
@@ -79,7 +76,7 @@ func expect(t testing.TB, s *Spool, c frame.Cursor, want []*frame.Frame) {
 
 func TestQueue(t *testing.T) {
 	mem, s := fresh(t, Options{SegmentSize: 3000})
-	all := stream(t, origin, 40)
+	all := stream(origin, 40)
 	for i := 0; i < len(all); i += 4 {
 		if err := errors.Join(s.Append(t.Context(), all[i:i+4]), s.Sync()); err != nil {
 			t.Fatal(err)
@@ -130,7 +127,7 @@ func TestQueue(t *testing.T) {
 
 func TestAllTrimmedSpoolKnowsWhereItStands(t *testing.T) {
 	mem, s := fresh(t, Options{SegmentSize: 2000})
-	all := stream(t, origin, 10)
+	all := stream(origin, 10)
 	must(0, errors.Join(s.Append(t.Context(), all), s.Sync(), s.Trim(all[9].Last)))
 	if s.Bytes() > 2000 {
 		t.Errorf("%d bytes left", s.Bytes())
@@ -144,7 +141,7 @@ func TestAllTrimmedSpoolKnowsWhereItStands(t *testing.T) {
 func TestReadersSeeOnlyWhatIsSynced(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		_, s := fresh(t, Options{})
-		all := stream(t, origin, 2)
+		all := stream(origin, 2)
 		r := must(s.ReadFrom(origin))
 		if r.Ready() {
 			t.Error("ready with nothing there")
@@ -184,7 +181,7 @@ func TestReadersSeeOnlyWhatIsSynced(t *testing.T) {
 func TestFullSpoolWaits(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		_, s := fresh(t, Options{Limit: 10_000, SegmentSize: 2000})
-		all := stream(t, origin, 60)
+		all := stream(origin, 60)
 		done := make(chan error, 1)
 		go func() { done <- s.Append(t.Context(), all) }()
 		synctest.Wait()
@@ -208,7 +205,7 @@ func TestFullSpoolWaits(t *testing.T) {
 		}
 		ctx, cancel := context.WithCancel(t.Context())
 		cancel()
-		more := stream(t, all[59].End(), 60)
+		more := stream(all[59].End(), 60)
 		if err := s.Append(ctx, more); !errors.Is(err, dr.ErrFull) {
 			t.Errorf("full and cancelled: %v", err)
 		}
@@ -217,7 +214,7 @@ func TestFullSpoolWaits(t *testing.T) {
 
 // Power cuts at every call, under appends, syncs, trims and rolls.
 func TestCrashEverywhere(t *testing.T) {
-	all := stream(t, origin, 24)
+	all := stream(origin, 24)
 	for stop := 1; ; stop += 1 + stop/40 {
 		if crashAt(t, all, stop) {
 			return
@@ -301,7 +298,7 @@ func script(fsys vfs.FS, all []*frame.Frame) (synced, trimmed int, err error) {
 
 func TestDamageIsReported(t *testing.T) {
 	mem, s := fresh(t, Options{SegmentSize: 2000})
-	all := stream(t, origin, 12)
+	all := stream(origin, 12)
 	must(0, errors.Join(s.Append(t.Context(), all), s.Sync(), s.Close()))
 	names := must(mem.List("/spool/m"))
 	must(0, mem.Remove("/spool/m/"+names[2]))
@@ -313,7 +310,7 @@ func TestDamageIsReported(t *testing.T) {
 // One appends, one syncs, one reads and trims, at the same time.
 func TestConcurrent(t *testing.T) {
 	_, s := fresh(t, Options{Limit: 30_000, SegmentSize: 4000})
-	all := stream(t, origin, 600)
+	all := stream(origin, 600)
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
 	go func() {
@@ -349,7 +346,7 @@ func TestConcurrent(t *testing.T) {
 
 func TestStatus(t *testing.T) {
 	mem, s := fresh(t, Options{SegmentSize: 3000})
-	all := stream(t, origin, 12)
+	all := stream(origin, 12)
 	must(0, errors.Join(s.Append(t.Context(), all), s.Sync()))
 	size := int64(0)
 	for _, f := range all[5:] {
