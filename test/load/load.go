@@ -3,7 +3,10 @@
 // disk. It is for tests and benchmarks only.
 //
 // Mixed starts workers (direct, buffered and memory-mapped writes, a SQLite
-// database, directory operations, discards) and waits for them. The Oracle is
+// database, directory operations, discards) and waits for them; Start runs it in
+// a process of its own. That is needed wherever the file system is frozen: a store
+// to a mapped page then blocks its thread where Go can't stop it, and with the
+// next garbage collection the whole process. The Oracle is
 // safe for concurrent use. It doesn't capture or replicate anything.
 package load
 
@@ -26,11 +29,11 @@ type Oracle struct {
 	}
 }
 
-// Record notes that row is durable as of now.
-func (o *Oracle) Record(row int64, now time.Time) {
+// Record notes that a row was durable at a time.
+func (o *Oracle) Record(row int64, at time.Time) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	o.mu.commits = append(o.mu.commits, Commit{row, now.UnixNano()})
+	o.mu.commits = append(o.mu.commits, Commit{row, at.UnixNano()})
 }
 
 // DurableBefore returns the highest row whose commit had returned before t

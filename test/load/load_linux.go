@@ -21,10 +21,15 @@ const (
 	page     = 4096
 )
 
+// recorder is told of each commit once it is durable; an Oracle is one.
+type recorder interface {
+	Record(row int64, at time.Time)
+}
+
 // Mixed loads the file system mounted at dir until ctx ends; every worker then
 // stops after its current operation. The first error other than ctx's ends
 // all.
-func Mixed(ctx context.Context, dir string, seed uint64, o *Oracle) error {
+func Mixed(ctx context.Context, dir string, seed uint64, o recorder) error {
 	if err := Prepare(ctx, dir); err != nil {
 		return err
 	}
@@ -55,13 +60,17 @@ func Prepare(ctx context.Context, dir string) error {
 
 // Database commits numbered, time-stamped rows, each synced, until ctx ends,
 // and records each in o after it returned.
-func Database(ctx context.Context, dir string, o *Oracle) error {
+func Database(ctx context.Context, dir string, o recorder) error {
 	db, err := openDatabase(ctx, dir)
 	if err != nil {
 		return err
 	}
 	defer db.Close()
-	for row := o.Last() + 1; ctx.Err() == nil; row++ {
+	row := int64(0)
+	if err := db.QueryRowContext(ctx, `SELECT coalesce(max(n), 0) FROM commits`).Scan(&row); err != nil {
+		return fmt.Errorf("find the last row: %w", err)
+	}
+	for row++; ctx.Err() == nil; row++ {
 		// A commit is never cancelled half-way: the oracle must know how it ended.
 		_, err := db.ExecContext(context.WithoutCancel(ctx), `INSERT INTO commits(n, at, filler) VALUES (?, ?, randomblob(700))`, row, time.Now().UnixNano())
 		if err != nil {
