@@ -46,8 +46,8 @@ lint:
 	$(GOLANGCI) run ./...
 
 format:
-	$(IMPORTS) -local farside -w $(SOURCES)
-	$(GOFUMPT) -w $(SOURCES)
+	@$(IMPORTS) -local farside -w $(SOURCES)
+	@$(GOFUMPT) -w $(SOURCES)
 
 # Every fuzz target for FUZZTIME each.
 fuzz:

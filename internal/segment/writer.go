@@ -191,7 +191,7 @@ func (w *Writer) Seal() error {
 		return w.end(fmt.Errorf("seal segment: %w", err))
 	}
 	w.reader.seal()
-	w.end(fmt.Errorf("segment is sealed: %w", dr.ErrInvalid))
+	_ = w.end(fmt.Errorf("segment is sealed: %w", dr.ErrInvalid))
 	return nil
 }
 
@@ -208,7 +208,7 @@ func (w *Writer) Close() error {
 	if w.file == nil {
 		return nil
 	}
-	w.end(fmt.Errorf("segment writer is closed: %w", dr.ErrInvalid))
+	_ = w.end(fmt.Errorf("segment writer is closed: %w", dr.ErrInvalid))
 	f := w.file
 	w.file = nil
 	return f.Close()

@@ -161,9 +161,7 @@ func TestCheckDamage(t *testing.T) {
 		}
 	}
 	m := filled(t, 3)
-	for _, n := range walk(t, m.mem, "/vaults/m/log") {
-		log = append(log, n)
-	}
+	log = append(log, walk(t, m.mem, "/vaults/m/log")...)
 	first, second, last := log[0], log[1], log[len(log)-1]
 	image, sums := "/vaults/m/"+imageName(3), "/vaults/m/"+sumsName(3)
 	remove := func(name string) func(*testing.T, *vfs.Mem) {

@@ -230,7 +230,7 @@ func (x *index) apply(tl dr.Timeline, frames []placedFrame) error {
 	}
 	x.mu.Unlock()
 	w := indexWriter{batch: x.db.NewBatch()}
-	defer func() { w.batch.Close() }()
+	defer func() { _ = w.batch.Close() }() // it only frees memory
 	for _, p := range frames {
 		if p.frame.Last <= line.mark {
 			continue
@@ -339,7 +339,7 @@ func (x *index) remove(tl dr.Timeline, first, last dr.Seq, frames func(func(plac
 		return err
 	}
 	b := x.db.NewBatch()
-	defer func() { b.Close() }()
+	defer func() { _ = b.Close() }() // it only frees memory
 	key := make([]byte, 0, changeKeySize)
 	err := frames(func(p placedFrame) error {
 		if b.Len() > indexBatch {

@@ -77,8 +77,10 @@ func (v *Vault) Spans() ([]Span, error) {
 		for _, s := range joinSpans(all) {
 			first, last := max(s.First, k.after+1), min(s.Last, k.through)
 			out = append(out, Span{
-				s.Accuracy, s.Open, dr.Position{Timeline: k.timeline, Seq: first},
-				dr.Position{Timeline: k.timeline, Seq: last}, s.FirstTime, s.LastTime,
+				s.Accuracy, s.Open,
+				dr.Position{Timeline: k.timeline, Seq: first},
+				dr.Position{Timeline: k.timeline, Seq: last},
+				s.FirstTime, s.LastTime,
 			})
 		}
 	}

@@ -104,14 +104,15 @@ func Open(ctx context.Context, fsys vfs.FS, dir string, opts Options) (*Vault, e
 		opts.SegmentSpan = DefaultSegmentSpan
 	}
 	v := &Vault{fs: fsys, dir: dir, opts: opts, ownCache: opts.Cache == nil}
-	m, err := loadManifest(fsys, dir)
+	_, err := loadManifest(fsys, dir)
 	if err != nil {
 		return nil, fmt.Errorf("open vault: %w", err)
 	}
 	if v.lock, err = fsys.Lock(path.Join(dir, lockName)); err != nil {
 		return nil, fmt.Errorf("open vault %s: %w", dir, err)
 	}
-	if m, err = loadManifest(fsys, dir); err != nil { // again: now nobody changes it
+	m, err := loadManifest(fsys, dir)
+	if err != nil { // again: now nobody changes it
 		return nil, errors.Join(fmt.Errorf("open vault: %w", err), v.lock.Close())
 	}
 	if v.ownCache {

@@ -25,7 +25,7 @@ func Main() {
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	go func() {
-		io.Copy(io.Discard, os.Stdin) // ends when the parent closes it, or dies
+		_, _ = io.Copy(io.Discard, os.Stdin) // ends when the parent closes it, or dies
 		cancel()
 	}()
 	if err := Mixed(ctx, dir, 1, &printer{}); err != nil {

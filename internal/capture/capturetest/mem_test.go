@@ -39,10 +39,12 @@ func (d memDevice) WriteAt(p []byte, off int64) (int, error) {
 	d.m.Write(d.d.ID, off, p)
 	return len(p), nil
 }
+
 func (d memDevice) Zero(off, n int64) error {
 	d.m.Zero(dr.Extent{Disk: d.d.ID, Offset: off, Length: n})
 	return nil
 }
+
 func (d memDevice) Discard(off, n int64) error {
 	d.m.Discard(dr.Extent{Disk: d.d.ID, Offset: off, Length: n})
 	return nil

@@ -3,6 +3,7 @@ package capturetest
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"time"
 
@@ -206,8 +207,7 @@ func (r *Replicator) resume(ctx context.Context) error {
 		_, err := r.Events(ctx, time.Millisecond)
 		if err != nil {
 			cancel()
-			<-done
-			return err
+			return errors.Join(err, <-done)
 		}
 		if r.During != nil {
 			r.During()

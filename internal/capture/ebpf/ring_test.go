@@ -119,11 +119,14 @@ func TestParseRecord(t *testing.T) {
 		want capture.Event
 	}{
 		{"data", record(512, 7, 1024, 0, kindData, data), capture.Event{
-			Kind: capture.Change, Extent: dr.Extent{Disk: 5, Offset: 512, Length: 1024}, What: dr.Data, Time: 7, Data: data[:1024]}},
+			Kind: capture.Change, Extent: dr.Extent{Disk: 5, Offset: 512, Length: 1024}, What: dr.Data, Time: 7, Data: data[:1024],
+		}},
 		{"zero", record(0, 8, 1<<16, 1, kindZero, nil), capture.Event{
-			Kind: capture.Change, Extent: dr.Extent{Disk: 2, Length: 1 << 16}, What: dr.Zero, Time: 8}},
+			Kind: capture.Change, Extent: dr.Extent{Disk: 2, Length: 1 << 16}, What: dr.Zero, Time: 8,
+		}},
 		{"discard", record(4096, 9, 512, 1, kindDiscard, nil), capture.Event{
-			Kind: capture.Change, Extent: dr.Extent{Disk: 2, Offset: 4096, Length: 512}, What: dr.Discard, Time: 9}},
+			Kind: capture.Change, Extent: dr.Extent{Disk: 2, Offset: 4096, Length: 512}, What: dr.Discard, Time: 9,
+		}},
 		{"flush", record(0, 10, 0, 0, kindFlush, nil), capture.Event{Kind: capture.Flush, Extent: dr.Extent{Disk: 5}, Time: 10}},
 	} {
 		got, err := parseRecord(c.rec, testDisks)
