@@ -5,7 +5,9 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"net"
+	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -216,6 +218,7 @@ func TestCommands(t *testing.T) {
 		t.Errorf("points:\n%s", out)
 	}
 
+	s.garbage()
 	first := fmt.Sprintf("%d:%d", tag.Position.Timeline, tag.Position.Seq)
 	s.export("tag:after first", map[int64]string{0: "old ", 4096: "first "})
 	s.export(first, map[int64]string{0: "old ", 4096: "first "})
@@ -244,6 +247,56 @@ func (s *site) refuse() {
 		}
 		s.refused(2, "no_such_key", role, "--config", file)
 		s.refused(3, "no such file", role, "--config", s.path("missing.yaml"))
+	}
+}
+
+// garbage talks nonsense on every port of every role, by TCP and by the Unix sockets; all of them go on. What the test does
+// next proves that nothing was lost by it.
+func (s *site) garbage() {
+	var doors []string
+	for _, n := range answer[[]struct{ Addresses []string }](s, "node", "list") {
+		for _, a := range n.Addresses {
+			doors = append(doors, "tcp "+a)
+		}
+	}
+	b, err := os.ReadFile(s.path("config-server.yaml"))
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	for line := range strings.Lines(string(b)) {
+		if a, ok := strings.CutPrefix(strings.TrimSpace(line), "listen: "); ok {
+			doors = append(doors, "tcp "+a)
+		}
+	}
+	v := answer[view](s, "view", "open", "web")
+	for _, uri := range v.Exports[0].URIs {
+		if u, err := url.Parse(uri); err == nil && u.Host != "" {
+			doors = append(doors, "tcp "+u.Host)
+		}
+	}
+	doors = append(doors, "unix "+s.path("master-target", "nbd.sock"), "unix "+s.path("tap.sock"))
+	if len(doors) < 6 {
+		s.t.Fatalf("only %q", doors)
+	}
+	random := make([]byte, 100_000)
+	rand.NewChaCha8([32]byte{7}).Read(random)
+	for _, door := range doors {
+		for _, bytes := range [][]byte{random, []byte("GET / HTTP/1.0\r\n\r\n"), {0x16, 3, 1, 2, 0, 1, 0, 1, 0xfc}, {}} {
+			network, addr, _ := strings.Cut(door, " ")
+			c, err := net.Dial(network, addr)
+			if err != nil {
+				s.t.Errorf("%s: %v", door, err)
+				continue
+			}
+			_, _ = c.Write(bytes) // it may hang up in the middle
+			c.Close()
+		}
+	}
+	s.do("view", "close", v.ID)
+	for role, cmd := range s.processes {
+		if err := cmd.Process.Signal(syscall.Signal(0)); err != nil {
+			s.t.Errorf("%s ended: %v", role, err)
+		}
 	}
 }
 
