@@ -75,7 +75,7 @@ func tryIndex(fsys vfs.FS, dir string, cache *Cache, readOnly bool) (*index, err
 	x := &index{gone: make(chan struct{})}
 	x.mu.lines = map[dr.Timeline]*indexLine{}
 	opts := &pebble.Options{
-		FS: indexFS{fsys}, Cache: cache.index, DisableWAL: true, ReadOnly: readOnly, ErrorIfNotExists: readOnly,
+		FS: indexFS{fsys, &failStop{}}, Cache: cache.index, DisableWAL: true, ReadOnly: readOnly, ErrorIfNotExists: readOnly,
 		FormatMajorVersion: pebble.FormatNewest,
 		MemTableSize:       8 << 20, MemTableStopWritesThreshold: 8,
 		L0CompactionThreshold: 4, L0StopWritesThreshold: 1000,

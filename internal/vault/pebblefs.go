@@ -5,6 +5,7 @@ import (
 	"io/fs"
 	"path"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	pebblevfs "github.com/cockroachdb/pebble/v2/vfs"
@@ -15,18 +16,43 @@ import (
 
 // indexFS lets Pebble keep its files in a vfs.FS, so that crashes and faults
 // in tests reach the index too.
-type indexFS struct{ fs vfs.FS }
+//
+// It stops at the first write that fails. Pebble means its process to end when
+// its manifest can't be written; if it went on, a later write that succeeds
+// could leave tables that contradict each other.
+type indexFS struct {
+	fs   vfs.FS
+	stop *failStop
+}
+
+// failStop lets writes through until one has failed; that error is the answer to all that follow.
+type failStop struct{ err atomic.Pointer[error] }
+
+func (s *failStop) do(write func() error) error {
+	if err := s.err.Load(); err != nil {
+		return *err
+	}
+	err := write()
+	if err != nil {
+		s.err.CompareAndSwap(nil, &err)
+	}
+	return err
+}
 
 var _ pebblevfs.FS = indexFS{}
 
 func (x indexFS) Create(name string, _ pebblevfs.DiskWriteCategory) (pebblevfs.File, error) {
-	f, err := x.fs.Create(name)
-	return wrapIndexFile(f, name, err)
+	var f vfs.File
+	err := x.stop.do(func() (err error) {
+		f, err = x.fs.Create(name)
+		return err
+	})
+	return x.wrap(f, name, err)
 }
 
 func (x indexFS) Open(name string, _ ...pebblevfs.OpenOption) (pebblevfs.File, error) {
 	f, err := x.fs.Open(name)
-	return wrapIndexFile(f, name, err)
+	return x.wrap(f, name, err)
 }
 
 func (x indexFS) OpenReadWrite(name string, c pebblevfs.DiskWriteCategory, _ ...pebblevfs.OpenOption) (pebblevfs.File, error) {
@@ -34,11 +60,11 @@ func (x indexFS) OpenReadWrite(name string, c pebblevfs.DiskWriteCategory, _ ...
 	if err != nil {
 		return x.Create(name, c)
 	}
-	return wrapIndexFile(f, name, nil)
+	return x.wrap(f, name, nil)
 }
 
 func (x indexFS) OpenDir(name string) (pebblevfs.File, error) {
-	return &indexFile{name: name, syncDir: func() error { return x.fs.SyncDir(name) }}, nil
+	return &indexFile{name: name, stop: x.stop, syncDir: func() error { return x.fs.SyncDir(name) }}, nil
 }
 
 func (x indexFS) ReuseForWrite(oldname, newname string, c pebblevfs.DiskWriteCategory) (pebblevfs.File, error) {
@@ -48,16 +74,18 @@ func (x indexFS) ReuseForWrite(oldname, newname string, c pebblevfs.DiskWriteCat
 	return x.Create(newname, c)
 }
 
-func (x indexFS) Link(_, _ string) error               { return dr.ErrUnsupported } // only for checkpoints
-func (x indexFS) Remove(name string) error             { return x.fs.Remove(name) }
-func (x indexFS) RemoveAll(name string) error          { return x.fs.RemoveAll(name) }
-func (x indexFS) Rename(oldname, newname string) error { return x.fs.Rename(oldname, newname) }
-func (x indexFS) Lock(name string) (io.Closer, error)  { return x.fs.Lock(name) }
-func (x indexFS) List(dir string) ([]string, error)    { return x.fs.List(dir) }
-func (x indexFS) PathBase(p string) string             { return path.Base(p) }
-func (x indexFS) PathJoin(elem ...string) string       { return path.Join(elem...) }
-func (x indexFS) PathDir(p string) string              { return path.Dir(p) }
-func (x indexFS) Unwrap() pebblevfs.FS                 { return nil }
+func (x indexFS) Link(_, _ string) error      { return dr.ErrUnsupported } // only for checkpoints
+func (x indexFS) Remove(name string) error    { return x.fs.Remove(name) }
+func (x indexFS) RemoveAll(name string) error { return x.fs.RemoveAll(name) }
+func (x indexFS) Rename(oldname, newname string) error {
+	return x.stop.do(func() error { return x.fs.Rename(oldname, newname) })
+}
+func (x indexFS) Lock(name string) (io.Closer, error) { return x.fs.Lock(name) }
+func (x indexFS) List(dir string) ([]string, error)   { return x.fs.List(dir) }
+func (x indexFS) PathBase(p string) string            { return path.Base(p) }
+func (x indexFS) PathJoin(elem ...string) string      { return path.Join(elem...) }
+func (x indexFS) PathDir(p string) string             { return path.Dir(p) }
+func (x indexFS) Unwrap() pebblevfs.FS                { return nil }
 
 func (x indexFS) MkdirAll(dir string, _ fs.FileMode) error { return x.fs.MkdirAll(dir) }
 
@@ -78,6 +106,7 @@ func (x indexFS) GetDiskUsage(string) (pebblevfs.DiskUsage, error) {
 type indexFile struct {
 	vfs.File
 	name    string
+	stop    *failStop
 	syncDir func() error
 	mu      struct {
 		sync.Mutex
@@ -85,11 +114,11 @@ type indexFile struct {
 	}
 }
 
-func wrapIndexFile(f vfs.File, name string, err error) (pebblevfs.File, error) {
+func (x indexFS) wrap(f vfs.File, name string, err error) (pebblevfs.File, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &indexFile{File: f, name: name}, nil
+	return &indexFile{File: f, name: name, stop: x.stop}, nil
 }
 
 func (f *indexFile) Read(p []byte) (int, error) {
@@ -103,7 +132,11 @@ func (f *indexFile) Read(p []byte) (int, error) {
 func (f *indexFile) Write(p []byte) (int, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	n, err := f.WriteAt(p, f.mu.write)
+	n := 0
+	err := f.stop.do(func() (err error) {
+		n, err = f.WriteAt(p, f.mu.write)
+		return err
+	})
 	f.mu.write += int64(n)
 	return n, err
 }
@@ -117,9 +150,9 @@ func (f *indexFile) Close() error {
 
 func (f *indexFile) Sync() error {
 	if f.syncDir != nil {
-		return f.syncDir()
+		return f.stop.do(f.syncDir)
 	}
-	return f.File.Sync()
+	return f.stop.do(f.File.Sync)
 }
 
 func (f *indexFile) SyncData() error              { return f.Sync() }
