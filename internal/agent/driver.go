@@ -51,9 +51,10 @@ func openDrivers(c CaptureConfig) (*drivers, error) {
 	if err != nil {
 		return nil, fmt.Errorf("listen for writers of the tap: %w", err)
 	}
-	o := tap.Options{Listen: l, Queue: int64(c.Ring)}
+	o := tap.Options{Listen: l, Queue: int64(c.Ring), ExportNames: map[dr.DiskID]string{}}
 	for i, t := range c.Tap.Disks {
 		o.Disks = append(o.Disks, capture.Disk{ID: tapID(i), Path: t.Path})
+		o.ExportNames[tapID(i)] = t.Name
 	}
 	if d.tap, err = tap.Open(o); err != nil {
 		return nil, fmt.Errorf("open tap: %w", err)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"time"
 
 	pb "farside/internal/api/farside/v1"
@@ -41,7 +42,11 @@ func (s *stream) forward(ctx context.Context) error {
 			}
 		}
 		pause -= pause / 2 * time.Duration(s.machine[15]) / 256 // not all streams at once
-		s.log.Warn("connection to the master target ended; will connect again", "error", err, "pause", pause)
+		level := slog.LevelWarn
+		if errors.Is(err, dr.ErrNotFound) { // it has not got its assignment yet: usual right after protecting
+			level = slog.LevelInfo
+		}
+		s.log.Log(ctx, level, "connection to the master target ended; will connect again", "error", err, "pause", pause)
 		select {
 		case <-time.After(pause):
 		case <-ctx.Done():

@@ -167,7 +167,7 @@ func freePort(t *testing.T) string {
 // write writes a pattern through the tap and makes it durable.
 func (s *site) write(pattern string, off int64) {
 	s.t.Helper()
-	c, err := nbd.Dial(s.t.Context(), "nbd+unix:///?socket="+s.path("tap.sock"), nil)
+	c, err := nbd.Dial(s.t.Context(), "nbd+unix:///data?socket="+s.path("tap.sock"), nil)
 	if err != nil {
 		s.t.Fatal(err)
 	}

@@ -19,8 +19,10 @@ type Options struct {
 	// Disks to capture: id and path of a file or block device each. Sizes are
 	// found, not given.
 	Disks []capture.Disk
-	// Listen accepts the writers. The export of a disk is named by its id;
-	// with a single disk, "" is a name for it too.
+	// ExportNames are the names under which writers find the disks. A disk
+	// without one is found by its id, and an only disk by "" too.
+	ExportNames map[dr.DiskID]string
+	// Listen accepts the writers.
 	Listen net.Listener
 	// Queue bounds the changes that wait for the consumer, in bytes; zero
 	// chooses DefaultQueue.
@@ -61,7 +63,7 @@ func Open(o Options) (_ *Opened, err error) {
 		return nil, err
 	}
 	conf := o.NBD
-	conf.Lookup, conf.List = t.Lookup, t.Names
+	conf.Lookup, conf.List = t.named(o.ExportNames)
 	if t.server, err = nbd.NewServer(conf); err != nil {
 		return nil, err
 	}
@@ -87,6 +89,28 @@ func (t *Opened) closeFiles() (err error) {
 		err = errors.Join(err, f.Flush(), f.Close())
 	}
 	return err
+}
+
+// named returns Lookup and Names with some of the disks under other names.
+func (t *Tap) named(names map[dr.DiskID]string) (lookup func(string) (*nbd.Export, error), list func() []string) {
+	lookup = func(name string) (*nbd.Export, error) {
+		for id, n := range names {
+			if n == name {
+				return t.Lookup(strconv.Itoa(int(id)))
+			}
+		}
+		return t.Lookup(name)
+	}
+	list = func() []string {
+		out := t.Names()
+		for i, d := range t.disks {
+			if n := names[d.ID]; n != "" {
+				out[i] = n
+			}
+		}
+		return out
+	}
+	return lookup, list
 }
 
 // Lookup finds the export of a disk, for an nbd.Config.
