@@ -32,10 +32,10 @@ demo: setup-demo build
 	$(BIN) demo $(DEMO)
 
 test: setup-test build
-	$(GO) test -timeout 20m $(PACKAGES)
+	$(GO) test -timeout 20m $(TESTFLAGS) $(PACKAGES)
 
 race:
-	CGO_ENABLED=1 $(GO) test -race -short -timeout 20m $(PACKAGES)
+	CGO_ENABLED=1 $(GO) test -race -short -timeout 20m $(TESTFLAGS) $(PACKAGES)
 
 lint:
 	$(GO) vet ./...

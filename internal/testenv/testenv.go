@@ -15,8 +15,8 @@ import (
 	"testing"
 )
 
-// missing skips or fails t, as FARSIDE_REQUIRE says.
-func missing(t testing.TB, what string) {
+// Missing skips t with the reason, or fails it if FARSIDE_REQUIRE says so.
+func Missing(t testing.TB, what string) {
 	t.Helper()
 	if os.Getenv("FARSIDE_REQUIRE") == "all" {
 		t.Fatalf("missing here, but FARSIDE_REQUIRE=all: %s", what)
@@ -28,7 +28,7 @@ func missing(t testing.TB, what string) {
 func NeedRoot(t testing.TB) {
 	t.Helper()
 	if runtime.GOOS != "linux" || os.Geteuid() != 0 {
-		missing(t, "root on Linux")
+		Missing(t, "root on Linux")
 	}
 }
 
@@ -37,7 +37,7 @@ func NeedTool(t testing.TB, names ...string) {
 	t.Helper()
 	for _, name := range names {
 		if _, err := exec.LookPath(name); err != nil {
-			missing(t, "the program "+name)
+			Missing(t, "the program "+name)
 		}
 	}
 }
@@ -48,7 +48,7 @@ func NeedLoop(t testing.TB) {
 	NeedRoot(t)
 	NeedTool(t, "losetup")
 	if out, err := exec.Command("losetup", "--find").CombinedOutput(); err != nil {
-		missing(t, "a free loop device: "+strings.TrimSpace(string(out)))
+		Missing(t, "a free loop device: "+strings.TrimSpace(string(out)))
 	}
 }
 
@@ -59,7 +59,7 @@ func NeedEBPF(t testing.TB) {
 	NeedRoot(t)
 	f, err := os.Open("/sys/kernel/btf/vmlinux")
 	if err != nil {
-		missing(t, "a kernel with BTF: "+err.Error())
+		Missing(t, "a kernel with BTF: "+err.Error())
 		return
 	}
 	f.Close()

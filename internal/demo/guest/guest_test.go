@@ -10,6 +10,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"farside/internal/testenv"
 )
 
 // machine finds the parts of a guest, or skips.
@@ -21,7 +23,7 @@ func machine(t *testing.T) *Machine {
 	t.Parallel() // a guest has one slow CPU
 	m, err := Find("../../../.cache/guest-kernel", "/")
 	if err != nil {
-		t.Skip(err)
+		testenv.Missing(t, "what a guest is made of: "+err.Error())
 	}
 	return m
 }
@@ -116,12 +118,9 @@ func TestArchive(t *testing.T) {
 	if len(b)%4 != 0 || !strings.HasPrefix(string(b), "070701") {
 		t.Fatalf("%d bytes, starts with %q", len(b), b[:6])
 	}
-	cpio, err := exec.LookPath("cpio")
-	if err != nil {
-		t.Skip(err)
-	}
+	testenv.NeedTool(t, "cpio")
 	dir := t.TempDir()
-	cmd := exec.Command(cpio, "-idm", "--quiet")
+	cmd := exec.Command("cpio", "-idm", "--quiet")
 	cmd.Dir, cmd.Stdin = dir, strings.NewReader(string(b))
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("cpio: %v: %s", err, out)
