@@ -1,15 +1,10 @@
 package agent
 
 import (
-	"bytes"
-	"errors"
 	"fmt"
-	"io"
-	"os"
-
-	"go.yaml.in/yaml/v3"
 
 	"farside/internal/dr"
+	"farside/internal/rolefile"
 )
 
 // Config is the agent's configuration file. What is replicated is not in it:
@@ -59,28 +54,16 @@ const (
 	defaultMemory = 64 << 20
 )
 
-// LoadConfig reads the configuration file. Unknown keys are refused. Errors
-// wrap dr.ErrInvalid or are those of reading the file.
-func LoadConfig(path string) (Config, error) {
-	b, err := os.ReadFile(path)
-	if err != nil {
-		return Config{}, fmt.Errorf("read configuration: %w", err)
-	}
-	c, err := ParseConfig(b)
-	if err != nil {
-		return Config{}, fmt.Errorf("configuration %s: %w", path, err)
-	}
-	return c, nil
-}
+// LoadConfig reads the configuration file. Errors wrap dr.ErrInvalid or are those
+// of reading the file.
+func LoadConfig(path string) (Config, error) { return rolefile.Load(path, ParseConfig) }
 
 // ParseConfig reads a configuration and fills the defaults in. Errors wrap
 // dr.ErrInvalid.
 func ParseConfig(b []byte) (Config, error) {
 	c := Config{Memory: defaultMemory, Capture: CaptureConfig{Driver: driverAuto}}
-	d := yaml.NewDecoder(bytes.NewReader(b))
-	d.KnownFields(true)
-	if err := d.Decode(&c); err != nil && !errors.Is(err, io.EOF) {
-		return Config{}, fmt.Errorf("parse: %w: %w", err, dr.ErrInvalid)
+	if err := rolefile.Decode(b, &c); err != nil {
+		return Config{}, err
 	}
 	return c, c.check()
 }

@@ -55,7 +55,7 @@ func TestParseConfigRefuses(t *testing.T) {
 		"tap no disks":  {"data: d\ncapture: {tap: {socket: s}}", "go together"},
 		"tap no name":   {"data: d\ncapture: {tap: {socket: s, disks: [{path: p}]}}", "name and path"},
 		"tap twice":     {"data: d\ncapture: {tap: {socket: s, disks: [{name: a, path: p}, {name: b, path: p}]}}", "twice"},
-		"not yaml":      {"\t", "parse"},
+		"not yaml":      {"\t", "yaml"},
 	} {
 		_, err := ParseConfig([]byte(c.text))
 		if !errors.Is(err, dr.ErrInvalid) || !strings.Contains(err.Error(), c.want) {

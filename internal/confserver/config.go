@@ -1,17 +1,12 @@
 package confserver
 
 import (
-	"bytes"
-	"errors"
 	"fmt"
-	"io"
 	"net"
-	"os"
 	"time"
 
-	"go.yaml.in/yaml/v3"
-
 	"farside/internal/dr"
+	"farside/internal/rolefile"
 )
 
 // Config is the YAML file of a configuration server.
@@ -32,30 +27,16 @@ const (
 	leastReportEvery   = 100 * time.Millisecond
 )
 
-// LoadConfig reads a configuration file.
-func LoadConfig(name string) (Config, error) {
-	text, err := os.ReadFile(name)
-	if err != nil {
-		return Config{}, fmt.Errorf("load configuration: %w", err)
-	}
-	c, err := ParseConfig(text)
-	if err != nil {
-		return Config{}, fmt.Errorf("load configuration %s: %w", name, err)
-	}
-	return c, nil
-}
+// LoadConfig reads the configuration file. Errors wrap dr.ErrInvalid or are those
+// of reading the file.
+func LoadConfig(path string) (Config, error) { return rolefile.Load(path, ParseConfig) }
 
 // ParseConfig reads the text of a configuration file. Keys that it does not know
 // are refused. Errors wrap dr.ErrInvalid.
 func ParseConfig(text []byte) (Config, error) {
 	var c Config
-	dec := yaml.NewDecoder(bytes.NewReader(text))
-	dec.KnownFields(true)
-	if err := dec.Decode(&c); err != nil {
-		return Config{}, fmt.Errorf("%w: %w", dr.ErrInvalid, err)
-	}
-	if err := dec.Decode(new(any)); !errors.Is(err, io.EOF) {
-		return Config{}, fmt.Errorf("more than one YAML document: %w", dr.ErrInvalid)
+	if err := rolefile.Decode(text, &c); err != nil {
+		return Config{}, err
 	}
 	return c, c.check()
 }
