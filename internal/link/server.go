@@ -60,6 +60,27 @@ func (s *Server) Serve(ctx context.Context, conn net.Conn) error {
 	})
 }
 
+// Accept serves the connections of l until ctx ends, when l must be closed by
+// its owner, and waits for all of them; it then returns nil. ended, called by
+// several goroutines, is told why each connection ended.
+func (s *Server) Accept(ctx context.Context, l net.Listener, ended func(net.Conn, error)) error {
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	for {
+		conn, err := l.Accept()
+		if ctx.Err() != nil {
+			if conn != nil {
+				return conn.Close()
+			}
+			return nil
+		}
+		if err != nil {
+			return fmt.Errorf("accept streams: %w", err)
+		}
+		wg.Go(func() { ended(conn, s.Serve(ctx, conn)) })
+	}
+}
+
 // enter makes own the connection of the machine's stream and waits until the
 // one before has ended, even if own is cancelled meanwhile: whoever waits for
 // own then knows that the one before it is done too.

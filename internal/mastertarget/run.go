@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
-	"sync"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -72,7 +71,11 @@ func (s *server) serve(ctx context.Context, client *control.Client, l net.Listen
 	g, ctx := errgroup.WithContext(ctx)
 	stop := context.AfterFunc(ctx, func() { l.Close() })
 	defer stop()
-	g.Go(func() error { return s.accept(ctx, l) })
+	g.Go(func() error {
+		return s.links.Accept(ctx, l, func(c net.Conn, err error) {
+			s.log.Info("process server's connection ended", "from", c.RemoteAddr(), "error", err)
+		})
+	})
 	g.Go(func() error { return s.run(ctx) })
 	g.Go(func() error {
 		return client.Watch(ctx, func(a *pb.Assignment) { s.assign(a.GetMasterTarget()) })
@@ -88,26 +91,4 @@ func (s *server) serve(ctx context.Context, client *control.Client, l net.Listen
 		return fmt.Errorf("master target: %w", err)
 	}
 	return nil
-}
-
-// accept serves connections and waits for all of them in the end.
-func (s *server) accept(ctx context.Context, l net.Listener) error {
-	var wg sync.WaitGroup
-	defer wg.Wait()
-	for {
-		conn, err := l.Accept()
-		if ctx.Err() != nil {
-			if conn != nil {
-				conn.Close()
-			}
-			return nil
-		}
-		if err != nil {
-			return fmt.Errorf("accept: %w", err)
-		}
-		wg.Go(func() {
-			err := s.links.Serve(ctx, conn)
-			s.log.Info("process server's connection ended", "from", conn.RemoteAddr(), "error", err)
-		})
-	}
 }

@@ -7,7 +7,6 @@ import (
 	"log/slog"
 	"net"
 	"strings"
-	"sync"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -56,7 +55,11 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger) error {
 	g, ctx := errgroup.WithContext(ctx)
 	stop := context.AfterFunc(ctx, func() { _ = listener.Close() })
 	defer stop()
-	g.Go(func() error { return accept(ctx, listener, s) })
+	g.Go(func() error {
+		return s.links.Accept(ctx, listener, func(c net.Conn, err error) {
+			log.Info("agent's connection ended", "from", c.RemoteAddr(), "error", err)
+		})
+	})
 	g.Go(func() error {
 		defer s.close()
 		return client.Watch(ctx, func(a *pb.Assignment) { s.assign(ctx, a.GetProcessServer()) })
@@ -85,28 +88,6 @@ func retryStreams(ctx context.Context, s *server) error {
 		case <-ctx.Done():
 			return nil
 		}
-	}
-}
-
-// accept serves connections and waits for all of them in the end.
-func accept(ctx context.Context, l net.Listener, s *server) error {
-	var wg sync.WaitGroup
-	defer wg.Wait()
-	for {
-		conn, err := l.Accept()
-		if ctx.Err() != nil {
-			if conn != nil {
-				conn.Close()
-			}
-			return nil
-		}
-		if err != nil {
-			return fmt.Errorf("accept: %w", err)
-		}
-		wg.Go(func() {
-			err := s.links.Serve(ctx, conn)
-			s.log.Info("agent's connection ended", "from", conn.RemoteAddr(), "error", err)
-		})
 	}
 }
 
