@@ -41,6 +41,9 @@ type NBDConfig struct {
 	Socket string `yaml:"socket"`
 	// Listen is host:port for clients with a certificate, over TLS. Empty: none.
 	Listen string `yaml:"listen"`
+	// Plaintext makes Listen speak in the clear, to everyone who reaches it: only
+	// for a storage network that nobody else is on.
+	Plaintext bool `yaml:"plaintext"`
 	// Host stands in the URIs of Listen. Default: the host listened on.
 	Host string `yaml:"host"`
 }
@@ -93,6 +96,9 @@ func (c *Config) check() error {
 	}
 	if c.History <= 0 {
 		return fmt.Errorf("history: %v is no time: %w", c.History, dr.ErrInvalid)
+	}
+	if c.NBD.Plaintext && c.NBD.Listen == "" {
+		return fmt.Errorf("nbd.plaintext: there is no nbd.listen that it could be about: %w", dr.ErrInvalid)
 	}
 	if len(c.NBD.Socket) > maxSocketPath {
 		return fmt.Errorf("nbd.socket: %s is longer than the %d bytes that a socket's path may have: %w",
