@@ -22,8 +22,11 @@ type Options struct {
 	// use the exports. Its directory is made for the owner only.
 	Socket string
 	// Listen is a TCP address, host:port; port 0 chooses one. Clients must
-	// use TLS there.
+	// use TLS there, unless Plain.
 	Listen string
+	// Plain makes Listen speak in the clear, to everyone who reaches it: only
+	// for a network that nobody else is on.
+	Plain bool
 	// TLS is the configuration for Listen; it decides who may come.
 	TLS *tls.Config
 	// Host stands in the URIs of the TCP exports instead of Listen's host,
@@ -40,6 +43,7 @@ type Server struct {
 	unix, tcp *nbd.Server // nil if it doesn't listen there
 	socket    string
 	address   string // host:port for URIs
+	plain     bool   // no TLS there
 	accepting sync.WaitGroup
 	log       func(error)
 
@@ -116,7 +120,9 @@ func (s *Server) listenUnix(o Options, conf nbd.Config) error {
 }
 
 func (s *Server) listenTCP(o Options, conf nbd.Config) error {
-	conf.TLS, conf.Mode = o.TLS, nbd.TLSRequired
+	if s.plain = o.Plain; !o.Plain {
+		conf.TLS, conf.Mode = o.TLS, nbd.TLSRequired
+	}
 	var err error
 	if s.tcp, err = nbd.NewServer(conf); err != nil {
 		return err
@@ -208,7 +214,7 @@ func (s *Server) URIs(name string) (uris []string) {
 		uris = append(uris, nbd.URI{Network: "unix", Address: s.socket, Name: name}.String())
 	}
 	if s.address != "" {
-		uris = append(uris, nbd.URI{Network: "tcp", Address: s.address, Name: name, TLS: true}.String())
+		uris = append(uris, nbd.URI{Network: "tcp", Address: s.address, Name: name, TLS: !s.plain}.String())
 	}
 	return uris
 }

@@ -1,11 +1,13 @@
 package export
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"net"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -198,6 +200,31 @@ func TestJudges(t *testing.T) {
 		if err := s.Remove(t.Context(), "a disk"); err != nil {
 			t.Error(err)
 		}
+	}
+}
+
+// TestPlainTCP: in the clear where that is asked for, and the address says so.
+func TestPlainTCP(t *testing.T) {
+	s := listen(t, Options{Listen: "127.0.0.1:0", Plain: true, Log: func(err error) { t.Error(err) }})
+	if err := s.Add("x", &locked{ram: newRAM(4096)}, false); err != nil {
+		t.Fatal(err)
+	}
+	uri := s.URIs("x")[0]
+	if !strings.HasPrefix(uri, "nbd://127.0.0.1:") {
+		t.Errorf("address %s", uri)
+	}
+	c, err := nbd.Dial(t.Context(), uri, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	want := bytes.Repeat([]byte("plain "), 86)[:512]
+	got := make([]byte, 512)
+	if _, err := c.WriteAt(want, 512); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.ReadAt(got, 512); err != nil || !bytes.Equal(got, want) {
+		t.Errorf("read %q, %v", got[:12], err)
 	}
 }
 
