@@ -4,12 +4,15 @@
 // all of it, it fails instead.
 //
 // It is imported by tests only, decides by trying (not by the existence of a
-// file alone) where trying is cheap, and changes nothing on the machine.
+// file alone) where trying is cheap, and leaves nothing behind on the machine.
+// It is safe for concurrent use.
 package testenv
 
 import (
+	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"runtime"
 	"strings"
 	"testing"
@@ -42,14 +45,31 @@ func NeedTool(t testing.TB, names ...string) {
 	}
 }
 
-// NeedLoop asks for loop devices that can be attached.
+// NeedLoop asks for loop devices that can be attached. It attaches a file of
+// its own and detaches it.
 func NeedLoop(t testing.TB) {
 	t.Helper()
 	NeedRoot(t)
 	NeedTool(t, "losetup")
-	if out, err := exec.Command("losetup", "--find").CombinedOutput(); err != nil {
-		Missing(t, "a free loop device: "+strings.TrimSpace(string(out)))
+	if err := tryLoop(t.TempDir()); err != nil {
+		Missing(t, "a loop device that can be attached: "+err.Error())
 	}
+}
+
+func tryLoop(dir string) error {
+	file := filepath.Join(dir, "loop")
+	if err := os.WriteFile(file, make([]byte, 1<<20), 0o600); err != nil {
+		return err
+	}
+	out, err := exec.Command("losetup", "--find", "--show", "--read-only", file).CombinedOutput()
+	device := strings.TrimSpace(string(out))
+	if err != nil {
+		return fmt.Errorf("losetup: %w: %s", err, device)
+	}
+	if out, err := exec.Command("losetup", "--detach", device).CombinedOutput(); err != nil {
+		return fmt.Errorf("detach %s: %w: %s", device, err, out)
+	}
+	return nil
 }
 
 // NeedEBPF asks for root and a kernel that describes its types (BTF), without
