@@ -15,20 +15,24 @@ type scanned struct {
 	entries []Entry
 	cursor  frame.Cursor // after the last good frame
 	end     int64        // offset behind it
+	synced  int64        // the marks up to there say that this much is durable
 }
 
 // scan verifies the frames of a segment up to the first that is not there, not
-// whole or does not continue the one before. The error is one of reading only.
+// whole or does not continue the one before. The error is one of reading, or
+// dr.ErrVersion for a frame of a newer program.
 func scan(f io.ReaderAt, size int64, start frame.Cursor) (scanned, error) {
 	s := scanned{cursor: start, end: headerSize}
 	var buf []byte
 	for at := s.end; ; at = s.end {
+		marked := s.synced
 		var mark [markSize]byte
 		if at+markSize <= size {
 			if err := readFull(f, mark[:], at); err != nil {
 				return s, err
 			}
-			if _, ok := parseMark(mark[:], at); ok {
+			if synced, ok := parseMark(mark[:], at); ok {
+				marked = max(marked, synced)
 				at += markSize
 			}
 		}
@@ -37,7 +41,7 @@ func scan(f io.ReaderAt, size int64, start frame.Cursor) (scanned, error) {
 		}
 		h, err := frameHeader(f, at)
 		if err != nil || at+h.Size() > size {
-			return s, ioOnly(err)
+			return s, notDamage(err)
 		}
 		if int64(cap(buf)) < h.Size() {
 			buf = make([]byte, h.Size())
@@ -51,21 +55,30 @@ func scan(f io.ReaderAt, size int64, start frame.Cursor) (scanned, error) {
 			return s, nil //nolint:nilerr // a frame that is not whole is the end
 		}
 		s.entries = append(s.entries, entryOf(at, &fr.Header))
-		s.cursor, s.end = fr.End(), at+h.Size()
+		s.cursor, s.end, s.synced = fr.End(), at+h.Size(), marked
 	}
 }
 
-// ioOnly drops the errors that speak of the content.
-func ioOnly(err error) error {
-	if errors.Is(err, dr.ErrCorrupt) || errors.Is(err, dr.ErrVersion) {
+// notDamage drops the error that says that the content is not a frame.
+func notDamage(err error) error {
+	if errors.Is(err, dr.ErrCorrupt) {
 		return nil
 	}
 	return err
 }
 
-// checkTorn reports dr.ErrCorrupt when a sync mark behind the end proves that
-// what lies before the mark, good once, was durable.
+// checkTorn reports dr.ErrCorrupt when a sync mark behind the end, or a trailer,
+// proves that what lies between was durable and good once.
 func (s *scanned) checkTorn(f io.ReaderAt, size int64) error {
+	if size-s.end >= trailerSize {
+		var b [trailerSize]byte
+		if err := readFull(f, b[:], size-trailerSize); err != nil {
+			return err
+		}
+		if t, ok := parseTrailer(b[:], size); ok && t.footer > s.end {
+			return s.damaged(t.footer)
+		}
+	}
 	const chunk = 1 << 20
 	buf := make([]byte, chunk+markSize)
 	for off := s.end + 1; off < size; off += chunk { // a mark right at the end tears nothing
@@ -80,9 +93,13 @@ func (s *scanned) checkTorn(f io.ReaderAt, size int64) error {
 			}
 			i += k
 			if synced, ok := parseMark(b[i:], off+int64(i)); ok && synced > s.end {
-				return fmt.Errorf("frame at %d is damaged, though everything before %d had been synced: %w", s.end, synced, dr.ErrCorrupt)
+				return s.damaged(synced)
 			}
 		}
 	}
 	return nil
+}
+
+func (s *scanned) damaged(synced int64) error {
+	return fmt.Errorf("frame at %d is damaged, though everything before %d had been synced: %w", s.end, synced, dr.ErrCorrupt)
 }

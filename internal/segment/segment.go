@@ -191,7 +191,7 @@ func parseTrailer(b []byte, size int64) (trailer, bool) {
 }
 
 // parseFooter reports false unless the checksum is right and the entries
-// follow one another from start and lie before the footer.
+// follow one another from start, with nothing but marks between, up to the footer.
 func parseFooter(b []byte, t trailer, start frame.Cursor) ([]Entry, bool) {
 	if checksum(b) != t.sum {
 		return nil, false
@@ -205,12 +205,12 @@ func parseFooter(b []byte, t trailer, start frame.Cursor) ([]Entry, bool) {
 			Open: x[14]&flagOpen != 0, Folded: x[14]&flagFolded != 0, First: seq + 1, Last: dr.Seq(le.Uint64(x[16:])),
 			FirstTime: int64(le.Uint64(x[24:])), LastTime: int64(le.Uint64(x[32:])),
 		}
-		if e.Off < at || e.Off > at+markSize || e.Len < frame.HeaderSize || e.Len > frame.MaxSize || e.Off+e.Len > t.footer ||
+		if e.Off != at && e.Off != at+markSize || e.Len < frame.HeaderSize || e.Len > frame.MaxSize || e.Off+e.Len > t.footer ||
 			e.Last < e.First || e.FirstTime < time || e.LastTime < e.FirstTime {
 			return nil, false
 		}
 		at, seq, time = e.Off+e.Len, e.Last, e.LastTime
 		entries[i] = e
 	}
-	return entries, true
+	return entries, at == t.footer
 }

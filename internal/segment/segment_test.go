@@ -255,25 +255,6 @@ func crashAt(t *testing.T, frames []*frame.Frame, stop int) (done bool) {
 	return err == nil
 }
 
-// fillUntil appends and syncs in groups until an error, and seals in the end.
-func fillUntil(w *Writer, frames []*frame.Frame) (synced int, err error) {
-	for i, f := range frames {
-		if _, err := w.Append(f); err != nil {
-			return synced, err
-		}
-		if i%3 == 2 {
-			if err := w.Sync(); err != nil {
-				return synced, err
-			}
-			synced = i + 1
-		}
-	}
-	if err := w.Seal(); err != nil {
-		return synced, err
-	}
-	return len(frames), nil
-}
-
 // Damage before a sync mark is reported, never cut off.
 func TestDamageOfSyncedDataIsNotCutOff(t *testing.T) {
 	fsys := vfs.NewMem()
@@ -337,34 +318,6 @@ func TestCheckFindsEveryFlip(t *testing.T) {
 		must(f2.WriteAt(b, 0))
 		if r, err := Open(fsys, "/", "x"); err == nil && r.Sealed() {
 			t.Errorf("truncated to %d: still sealed", n)
-		}
-	}
-}
-
-func TestFaultsSurface(t *testing.T) {
-	frames := stream(t, origin, 7, 7)
-	boom := errors.New("boom")
-	for stop := 1; stop < 200; stop++ {
-		n := 0
-		mem := vfs.NewMem()
-		fsys := vfs.NewFault(mem, func(op vfs.Op) error {
-			if n++; n == stop {
-				return boom
-			}
-			return nil
-		})
-		w, err := Create(fsys, "/", origin)
-		if err == nil {
-			_, err = fillUntil(w, frames)
-		}
-		if err == nil {
-			if n < stop {
-				return // every call has failed once
-			}
-			t.Fatalf("call %d failed and no one said so", stop)
-		}
-		if !errors.Is(err, boom) {
-			t.Fatalf("call %d: %v", stop, err)
 		}
 	}
 }
@@ -438,25 +391,4 @@ func FuzzOpen(f *testing.F) {
 			}
 		}
 	})
-}
-
-func BenchmarkAppendSync(b *testing.B) {
-	e := frame.NewEncoder(origin, frame.None)
-	data := make([]byte, 1<<20)
-	w := must(Create(vfs.OS(), b.TempDir(), origin))
-	defer w.Close()
-	b.SetBytes(8 << 20)
-	for b.Loop() {
-		for range 8 {
-			e.Begin(frame.Changes, dr.Exact, false)
-			e.Add(dr.Extent{Length: 1 << 20}, dr.Data, 0, data)
-			f := must(frame.Parse(must(e.Finish())))
-			if _, err := w.Append(f); err != nil {
-				b.Fatal(err)
-			}
-		}
-		if err := w.Sync(); err != nil {
-			b.Fatal(err)
-		}
-	}
 }

@@ -20,6 +20,7 @@ type Writer struct {
 	// Only Append changes these; no one else reads them meanwhile.
 	cursor frame.Cursor
 	marked int64 // what the last sync mark says
+	torn   bool  // a failed Append may have left bytes behind the end
 
 	mu struct {
 		sync.Mutex
@@ -29,9 +30,11 @@ type Writer struct {
 	}
 }
 
-func newWriter(f vfs.File, r *Reader, at frame.Cursor, size, synced int64) *Writer {
-	w := &Writer{file: f, reader: r, cursor: at, marked: synced}
-	w.mu.size, w.mu.synced = size, synced
+// newWriter returns the writer of a segment of size bytes, all durable; marked
+// is what its last sync mark says.
+func newWriter(f vfs.File, r *Reader, at frame.Cursor, size, marked int64) *Writer {
+	w := &Writer{file: f, reader: r, cursor: at, marked: marked}
+	w.mu.size, w.mu.synced = size, size
 	return w
 }
 
@@ -63,8 +66,8 @@ func Create(fsys vfs.FS, dir string, start frame.Cursor) (*Writer, error) {
 
 // Recover opens a segment that is not sealed for appending, after its writer
 // stopped in whatever way. It verifies every frame and cuts off what a crash
-// tore; it refuses, with dr.ErrCorrupt, to cut off what had been synced. What
-// is left may not be durable yet: call Sync before promising it to anyone.
+// tore; what is left is durable when it returns. It refuses to cut off what can
+// be shown to have been synced (dr.ErrCorrupt) or made by a newer program (dr.ErrVersion).
 func Recover(fsys vfs.FS, dir, name string) (*Writer, error) {
 	full := path.Join(dir, name)
 	f, err := fsys.OpenFile(full)
@@ -72,6 +75,9 @@ func Recover(fsys vfs.FS, dir, name string) (*Writer, error) {
 		return nil, fmt.Errorf("recover segment: %w", err)
 	}
 	w, err := recoverFile(fsys, f, full)
+	if err == nil {
+		err = fsys.SyncDir(dir) // a Create that failed there may have left the file
+	}
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("recover segment %s: %w", full, err), f.Close())
 	}
@@ -104,9 +110,35 @@ func recoverFile(fsys vfs.FS, f vfs.File, name string) (*Writer, error) {
 			return nil, fmt.Errorf("cut torn tail: %w", err)
 		}
 	}
+	if err := rewrite(f, s.synced, s.end); err != nil {
+		return nil, err
+	}
+	// The cut too must be durable before anything new takes its place: frames
+	// that were cut off could come back behind others of the same numbers.
+	if err := f.Sync(); err != nil {
+		return nil, fmt.Errorf("sync segment: %w", err)
+	}
 	r := newReader(fsys, name, start)
 	r.mu.entries, r.mu.end = s.entries, s.cursor
-	return newWriter(f, r, s.cursor, s.end, 0), nil
+	return newWriter(f, r, s.cursor, s.end, max(s.synced, headerSize)), nil
+}
+
+// rewrite writes what no mark vouches for as it is. If the writer before died of a failed
+// fsync, the page cache shows bytes that the disk lacks and holds for written:
+// an fsync alone would report success without them.
+func rewrite(f vfs.File, from, to int64) error {
+	buf := make([]byte, min(1<<20, to-from))
+	for from < to {
+		b := buf[:min(int64(len(buf)), to-from)]
+		if err := readFull(f, b, from); err != nil {
+			return err
+		}
+		if _, err := f.WriteAt(b, from); err != nil {
+			return fmt.Errorf("write recovered frames: %w", err)
+		}
+		from += int64(len(b))
+	}
+	return nil
 }
 
 // Append writes a frame behind the last; it is not durable before Sync. Errors
@@ -118,9 +150,13 @@ func (w *Writer) Append(f *frame.Frame) (Entry, error) {
 	if err == nil {
 		err = f.Check(w.cursor)
 	}
+	if err == nil {
+		err = w.cutTorn(at)
+	}
 	if err != nil {
 		return Entry{}, fmt.Errorf("append: %w", err)
 	}
+	w.torn = true
 	if synced > w.marked {
 		if _, err := w.file.WriteAt(putMark(at, synced), at); err != nil {
 			return Entry{}, fmt.Errorf("append mark: %w", err)
@@ -130,6 +166,7 @@ func (w *Writer) Append(f *frame.Frame) (Entry, error) {
 	if _, err := w.file.WriteAt(f.Bytes(), at); err != nil {
 		return Entry{}, fmt.Errorf("append frame: %w", err)
 	}
+	w.torn = false
 	e := entryOf(at, &f.Header)
 	w.marked = max(w.marked, synced)
 	w.cursor = f.End()
@@ -138,6 +175,19 @@ func (w *Writer) Append(f *frame.Frame) (Entry, error) {
 	w.mu.Unlock()
 	w.reader.grow(e, w.cursor)
 	return e, nil
+}
+
+// cutTorn removes what a failed Append left behind size: it may be longer than
+// what comes next.
+func (w *Writer) cutTorn(size int64) error {
+	if !w.torn {
+		return nil
+	}
+	if err := w.file.Truncate(size); err != nil {
+		return fmt.Errorf("cut failed append: %w", err)
+	}
+	w.torn = false
+	return nil
 }
 
 // Sync makes all frames durable whose Append had returned before the call.
@@ -183,7 +233,10 @@ func (w *Writer) Seal() error {
 		return err
 	}
 	size := w.Size()
-	_, err := w.file.WriteAt(putFooter(size, w.reader.Entries(), w.cursor), size)
+	err := w.cutTorn(size)
+	if err == nil {
+		_, err = w.file.WriteAt(putFooter(size, w.reader.Entries(), w.cursor), size)
+	}
 	if err == nil {
 		err = w.file.Sync()
 	}
