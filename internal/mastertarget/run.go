@@ -39,7 +39,7 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger) error {
 	exports, err := export.Listen(export.Options{
 		Socket: cfg.NBD.Socket, Listen: cfg.NBD.Listen, Host: cfg.NBD.Host, TLS: id.ServerConfig(transport.RoleClient),
 		Plain: cfg.NBD.Plaintext,
-		Log: func(err error) { log.Debug("export connection", "error", err) },
+		Log:   func(err error) { log.Debug("export connection", "error", err) },
 	})
 	if err != nil {
 		return fmt.Errorf("master target: %w", err)
