@@ -293,6 +293,19 @@ func (r *Reader) ReadBlock(fr *frame.Frame, off int64, i int, dst []byte) ([]byt
 	return dst, nil
 }
 
+// ReadRaw fills p with the file's bytes at off, which are not verified: for
+// callers that have verified the block around them before.
+func (r *Reader) ReadRaw(p []byte, off int64) error {
+	f, err := r.handle()
+	if err != nil {
+		return err
+	}
+	if err := readFull(f, p, off); err != nil {
+		return fmt.Errorf("read %s: %w", r.name, err)
+	}
+	return nil
+}
+
 // Check reads everything and proves it: each frame, checksum and continuity,
 // the hash chain from the start, the index, and that nothing else lies in
 // between. Torn bytes at the end are an error too.

@@ -6,6 +6,7 @@ import (
 	"hash/crc32"
 	"io"
 	"io/fs"
+	"maps"
 	"path"
 	"sync"
 
@@ -105,12 +106,13 @@ func (v *Vault) openImage(d dr.Disk) error {
 		return errors.Join(fmt.Errorf("checksums of disk %d: header: %w", d.ID, dr.ErrCorrupt), err, i.close())
 	}
 	v.mu.Lock()
-	old := v.mu.images[d.ID]
-	v.mu.images[d.ID] = i
-	v.mu.Unlock()
-	if old != nil {
-		return old.close()
+	defer v.mu.Unlock()
+	all := maps.Clone(*v.images.Load())
+	if old := all[d.ID]; old != nil {
+		v.mu.outgrown = append(v.mu.outgrown, old) // reads may be under way
 	}
+	all[d.ID] = i
+	v.images.Store(&all)
 	return nil
 }
 
@@ -134,11 +136,8 @@ func openSized(fsys vfs.FS, name string, size int64) (vfs.File, error) {
 	return f, nil
 }
 
-func (v *Vault) image(disk dr.DiskID) *image {
-	v.mu.Lock()
-	defer v.mu.Unlock()
-	return v.mu.images[disk]
-}
+// image returns the image of a disk, or nil.
+func (v *Vault) image(disk dr.DiskID) *image { return (*v.images.Load())[disk] }
 
 func (i *image) close() error { return errors.Join(i.file.Close(), i.sums.Close()) }
 

@@ -6,15 +6,20 @@ import (
 	"sync/atomic"
 
 	"github.com/cockroachdb/pebble/v2"
+
+	"farside/internal/frame"
 )
 
 // Cache bounds the memory that vaults use to read: decoded blocks, frame
 // tables, resolved ranges of views and blocks of the index. Vaults of one
 // process share one. It is safe for concurrent use.
 type Cache struct {
-	shards [cacheShards]cacheShard
+	blocks [cacheShards]cacheShard // of cachedBlock; apart, since they would push out all else
+	maps   [cacheShards]cacheShard // of the other kinds
 	ids    atomic.Uint64
 	index  *pebble.Cache
+
+	buffers sync.Pool // of *[frame.BlockSize]byte, for stored blocks
 }
 
 const (
@@ -28,7 +33,7 @@ type cacheKind uint8
 
 const (
 	cachedBlock  cacheKind = iota // []byte: a decoded block; owner is a segment
-	cachedTables                  // *frame.Frame: header and tables; owner is a segment
+	cachedTables                  // *frameTables; owner is a segment
 	cachedChunk                   // []piece: a resolved range; owner is a state
 )
 
@@ -61,9 +66,11 @@ type cacheEntry struct {
 // after the vaults that use it.
 func NewCache(bytes int64) *Cache {
 	c := &Cache{index: pebble.NewCache(bytes / 4)}
-	for i := range c.shards {
-		c.shards[i].limit = (bytes - bytes/4) / cacheShards
-		c.shards[i].mu.entries = map[cacheKey]*list.Element{}
+	c.buffers.New = func() any { return new([frame.BlockSize]byte) }
+	for i := range cacheShards {
+		c.blocks[i].limit, c.maps[i].limit = bytes/2/cacheShards, bytes/4/cacheShards
+		c.blocks[i].mu.entries = map[cacheKey]*list.Element{}
+		c.maps[i].mu.entries = map[cacheKey]*list.Element{}
 	}
 	return c
 }
@@ -82,7 +89,10 @@ func (c *Cache) owner() uint64 {
 func (c *Cache) shard(k cacheKey) *cacheShard {
 	h := (k.owner*0x9e3779b97f4a7c15 ^ k.at) * 0xbf58476d1ce4e5b9
 	h = (h ^ h>>29 ^ uint64(k.part)<<8 ^ uint64(k.kind)) * 0x94d049bb133111eb
-	return &c.shards[h>>59%cacheShards]
+	if k.kind == cachedBlock {
+		return &c.blocks[h>>59%cacheShards]
+	}
+	return &c.maps[h>>59%cacheShards]
 }
 
 func (c *Cache) get(k cacheKey) (any, bool) {

@@ -90,6 +90,7 @@ func flip(t *testing.T, fsys vfs.FS, name string, off int64, bit byte) {
 // TestCheckFlips flips single bits in every file outside the index: each must
 // be found, in that file.
 func TestCheckFlips(t *testing.T) {
+	t.Parallel()
 	m := filled(t, 1)
 	if r := mustCheck(t, m.mem); r.Findings != nil || r.Segments < 3 || r.Keys == 0 {
 		t.Fatalf("report of a whole vault: %+v", r)
@@ -101,7 +102,7 @@ func TestCheckFlips(t *testing.T) {
 		}
 		info, _ := m.mem.Stat(name)
 		offsets := []int64{0, info.Size - 1}
-		for range 2 {
+		for range effort(20, 2, 0) {
 			offsets = append(offsets, rng.Int64N(info.Size))
 		}
 		for _, off := range offsets {
@@ -124,6 +125,7 @@ func TestCheckFlips(t *testing.T) {
 // TestCheckIndexFlips flips bits in the index: each is found, or does no harm
 // because what the index answers is still right or it is rebuilt.
 func TestCheckIndexFlips(t *testing.T) {
+	t.Parallel()
 	m := filled(t, 2)
 	rng := rand.New(rand.NewPCG(6, 6))
 	found := 0
@@ -147,6 +149,7 @@ func TestCheckIndexFlips(t *testing.T) {
 }
 
 func TestCheckDamage(t *testing.T) {
+	t.Parallel()
 	var log []string
 	truncate := func(name string, size int64) func(*testing.T, *vfs.Mem) {
 		return func(t *testing.T, fsys *vfs.Mem) {
@@ -201,7 +204,7 @@ func TestCheckDamage(t *testing.T) {
 		"empty manifest":       {create("/vaults/m/MANIFEST"), "MANIFEST", dr.ErrCorrupt},
 	} {
 		t.Run(name, func(t *testing.T) {
-			fsys := filled(t, 3).mem
+			fsys := m.mem.Crash(1) // a copy: all of a closed vault is durable
 			tc.damage(t, fsys)
 			want := strings.TrimPrefix(tc.file, "/vaults/m/")
 			r := mustCheck(t, fsys)
@@ -220,6 +223,7 @@ func TestCheckDamage(t *testing.T) {
 }
 
 func TestCheckRefuses(t *testing.T) {
+	t.Parallel()
 	m := newModel(t, 4)
 	if _, err := Check(context.Background(), m.mem, "/vaults/m", nil); err == nil {
 		t.Error("a vault that is open was checked")

@@ -3,6 +3,7 @@ package vault
 import (
 	"context"
 	"errors"
+	"flag"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -53,6 +54,10 @@ func (m *model) work(ctx context.Context) error {
 				return err
 			}
 			m.synced = c.Position.Seq
+			if m.acked != nil {
+				<-m.acked
+				m.acked <- m.synced
+			}
 		}
 		if _, err := m.v.FoldTo(ctx, m.src.now-2000); err != nil {
 			return err
@@ -85,18 +90,28 @@ func (m *model) workBranch() error {
 	return m.v.DiscardBranch(b.Timeline())
 }
 
-// TestFaults fails each call to the file system in turn (a sample of them in
-// short mode), once or from then on, and shows that the error is told and that
+var thorough = flag.Bool("thorough", false, "fail and crash ten times as many calls")
+
+// effort returns how much to do: with -thorough, as usual, and with -short.
+func effort(most, usual, least int64) int64 {
+	switch {
+	case *thorough:
+		return most
+	case testing.Short():
+		return least
+	}
+	return usual
+}
+
+// TestFaults fails calls to the file system all over a vault's work, once or from then on, and shows that the error is told and that
 // what was synced is there and right after opening again; a log that failed
 // once goes on after Resume.
 func TestFaults(t *testing.T) {
+	t.Parallel()
 	count := &faults{}
 	faultRound(t, count)
 	total := count.calls.Load()
-	step := int64(7)
-	if testing.Short() {
-		step = 37
-	}
+	step := total / effort(300, 30, 10)
 	for at := int64(1); at <= total; at += step {
 		faultRound(t, &faults{at: at, once: at%2 == 0, short: at%3 == 0})
 		if t.Failed() {

@@ -232,6 +232,7 @@ type model struct {
 	opts   Options
 	held   []heldState
 	branch *modelBranch
+	acked  chan dr.Seq // of one: synced, for those who look from other goroutines; or nil
 }
 
 type heldState struct {
@@ -402,6 +403,7 @@ func allZero(b []byte) bool {
 }
 
 func TestModel(t *testing.T) {
+	t.Parallel()
 	rapid.Check(t, func(rt *rapid.T) {
 		m := newModel(rt, rapid.Uint64().Draw(rt, "seed"))
 		seed := func() uint64 { return rapid.Uint64().Draw(rt, "seed") }

@@ -1,12 +1,13 @@
 package vault
 
 import (
+	"bytes"
 	"cmp"
-	"container/list"
 	"errors"
 	"fmt"
 	"path"
 	"sync"
+	"sync/atomic"
 
 	"farside/internal/dr"
 	"farside/internal/frame"
@@ -14,7 +15,8 @@ import (
 	"farside/internal/vfs"
 )
 
-// maxOpenSegments bounds the segments kept open without being in use.
+// maxOpenSegments is how many segments are open before those that nobody uses
+// are closed.
 const maxOpenSegments = 256
 
 // segmentKey names a segment of the vault.
@@ -40,22 +42,22 @@ type segments struct {
 	cache *Cache
 
 	mu struct {
-		sync.Mutex
+		sync.RWMutex
 		open map[segmentKey]*openSegment
-		idle list.List // of *openSegment without users, most recently used first
 	}
 }
 
-// openSegment is a segment that can be read. It stays open while it has users.
+// openSegment is a segment that can be read. Whoever acquired it is a user; it
+// is closed once it is out of the table and has none.
 type openSegment struct {
 	key    segmentKey
 	reader *segment.Reader
 	owner  uint64 // of its entries in the cache
 
-	users   int           // guarded by segments.mu, as are:
-	dropped bool          // not in the table any more
-	active  bool          // one of the users is put
-	idle    *list.Element // nil while it has users
+	users   atomic.Int64 // rises only under segments.mu
+	dropped atomic.Bool  // out of the table
+	closing sync.Once
+	active  bool // one of the users is put; guarded by segments.mu
 }
 
 func newSegments(fsys vfs.FS, dir string, cache *Cache) *segments {
@@ -67,14 +69,24 @@ func newSegments(fsys vfs.FS, dir string, cache *Cache) *segments {
 // acquire returns an open segment; the caller releases it. The error wraps
 // fs.ErrNotExist when the segment has been folded away.
 func (t *segments) acquire(k segmentKey) (*openSegment, error) {
+	t.mu.RLock()
+	s := t.mu.open[k]
+	if s != nil {
+		s.users.Add(1)
+	}
+	t.mu.RUnlock()
+	if s != nil {
+		return s, nil
+	}
+	return t.open(k)
+}
+
+// open opens a segment that was not in the table a moment ago.
+func (t *segments) open(k segmentKey) (*openSegment, error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if s := t.mu.open[k]; s != nil {
-		if s.idle != nil {
-			t.mu.idle.Remove(s.idle)
-			s.idle = nil
-		}
-		s.users++
+		s.users.Add(1)
 		return s, nil
 	}
 	dir, name := k.file()
@@ -82,9 +94,28 @@ func (t *segments) acquire(k segmentKey) (*openSegment, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open segment %s: %w", name, err)
 	}
-	s := &openSegment{key: k, reader: r, owner: t.cache.owner(), users: 1}
+	t.evictLocked()
+	return t.addLocked(k, r), nil
+}
+
+func (t *segments) addLocked(k segmentKey, r *segment.Reader) *openSegment {
+	s := &openSegment{key: k, reader: r, owner: t.cache.owner()}
+	s.users.Store(1)
 	t.mu.open[k] = s
-	return s, nil
+	return s
+}
+
+// evictLocked makes room for one more: a segment that nobody uses goes.
+func (t *segments) evictLocked() {
+	if len(t.mu.open) < maxOpenSegments {
+		return
+	}
+	for _, s := range t.mu.open {
+		if s.users.Load() == 0 {
+			t.removeLocked(s)
+			return
+		}
+	}
 }
 
 // put enters the reader of the active segment, which stays open until settle
@@ -92,32 +123,22 @@ func (t *segments) acquire(k segmentKey) (*openSegment, error) {
 func (t *segments) put(k segmentKey, r *segment.Reader) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.mu.open[k] = &openSegment{key: k, reader: r, owner: t.cache.owner(), users: 1, active: true}
+	t.addLocked(k, r).active = true
 }
 
 // settle says that the active segment is one like any other from now on.
 func (t *segments) settle(k segmentKey) {
 	t.mu.Lock()
-	s := t.mu.open[k]
-	s.active = false
-	t.mu.Unlock()
-	t.release(s)
+	defer t.mu.Unlock()
+	if s := t.mu.open[k]; s != nil && s.active {
+		s.active = false
+		t.release(s)
+	}
 }
 
 func (t *segments) release(s *openSegment) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	s.users--
-	if s.users > 0 {
-		return
-	}
-	if s.dropped {
-		s.reader.Close() // nothing was written through it
-		return
-	}
-	s.idle = t.mu.idle.PushFront(s)
-	for t.mu.idle.Len() > maxOpenSegments {
-		t.removeLocked(t.mu.idle.Back().Value.(*openSegment))
+	if s.users.Add(-1) == 0 && s.dropped.Load() {
+		s.close()
 	}
 }
 
@@ -131,21 +152,24 @@ func (t *segments) drop(k segmentKey) {
 		return
 	}
 	if s.active {
-		s.users--
+		s.active = false
+		s.users.Add(-1)
 	}
 	t.removeLocked(s)
 }
 
+// removeLocked takes s out of the table. Of it and the last release, the one
+// that comes later sees what the other did; if both do, close is once only.
 func (t *segments) removeLocked(s *openSegment) {
 	delete(t.mu.open, s.key)
-	s.dropped = true
-	if s.idle != nil {
-		t.mu.idle.Remove(s.idle)
-		s.idle = nil
+	s.dropped.Store(true)
+	if s.users.Load() == 0 {
+		s.close()
 	}
-	if s.users == 0 {
-		s.reader.Close() // nothing was written through it
-	}
+}
+
+func (s *openSegment) close() {
+	s.closing.Do(func() { s.reader.Close() }) // nothing was written through it
 }
 
 // close closes all segments. No one may use them any more.
@@ -184,56 +208,81 @@ func (t *segments) each(k segmentKey, fn func(placedFrame) error) error {
 	return nil
 }
 
+// frameTables are header and tables of a frame, and which of its blocks are known
+// to be good and stored as they are: those are read in place.
+type frameTables struct {
+	*frame.Frame
+	plain []atomic.Bool
+}
+
 // tables returns header and tables of the frame at off.
-func (s *openSegment) tables(c *Cache, off int64) (*frame.Frame, error) {
+func (s *openSegment) tables(c *Cache, off int64) (*frameTables, error) {
 	k := cacheKey{owner: s.owner, at: uint64(off), kind: cachedTables}
 	if v, ok := c.get(k); ok {
-		return v.(*frame.Frame), nil
+		return v.(*frameTables), nil
 	}
 	f, err := s.reader.Tables(off)
 	if err != nil {
 		return nil, s.wrap(off, err)
 	}
-	c.put(k, f, int64(f.TablesSize()+8*f.Extents))
-	return f, nil
-}
-
-// block returns decoded block i of the frame at off.
-func (s *openSegment) block(c *Cache, off int64, i int) ([]byte, error) {
-	k := cacheKey{owner: s.owner, at: uint64(off), part: uint32(i), kind: cachedBlock}
-	if v, ok := c.get(k); ok {
-		return v.([]byte), nil
-	}
-	f, err := s.tables(c, off)
-	if err != nil {
-		return nil, err
-	}
-	if i >= f.NumBlocks() {
-		return nil, s.wrap(off, fmt.Errorf("no block %d: %w", i, dr.ErrCorrupt))
-	}
-	b, err := s.reader.ReadBlock(f, off, i, nil)
-	if err != nil {
-		return nil, s.wrap(off, err)
-	}
-	c.put(k, b, int64(cap(b)))
-	return b, nil
+	t := &frameTables{f, make([]atomic.Bool, f.NumBlocks())}
+	c.put(k, t, int64(f.TablesSize()+8*f.Extents+8*f.NumBlocks()))
+	return t, nil
 }
 
 // readAt fills p from offset raw of the decoded payload of the frame at off.
 func (s *openSegment) readAt(c *Cache, p []byte, off, raw int64) error {
+	f, err := s.tables(c, off)
+	if err != nil {
+		return err
+	}
 	for len(p) > 0 {
-		i := raw / frame.BlockSize
-		b, err := s.block(c, off, int(i))
-		if err != nil {
-			return err
-		}
-		within := raw - i*frame.BlockSize
-		if within >= int64(len(b)) {
+		i := int(raw / frame.BlockSize)
+		if i >= f.NumBlocks() {
 			return s.wrap(off, fmt.Errorf("payload ends before %d: %w", raw, dr.ErrCorrupt))
 		}
-		n := copy(p, b[within:])
+		_, _, start, size := f.Block(i)
+		within := int(raw) - start
+		if within >= size {
+			return s.wrap(off, fmt.Errorf("payload ends before %d: %w", raw, dr.ErrCorrupt))
+		}
+		n := min(len(p), size-within)
+		if err := s.readBlock(c, f, off, i, within, p[:n]); err != nil {
+			return s.wrap(off, err)
+		}
 		p, raw = p[n:], raw+int64(n)
 	}
+	return nil
+}
+
+// readBlock fills p from a decoded block of the frame at off. A block is verified
+// when it is first read. One that is stored as it is, is left to the page cache
+// after that; others are kept decoded.
+func (s *openSegment) readBlock(c *Cache, f *frameTables, off int64, i, within int, p []byte) error {
+	at, stored, _, size := f.Block(i)
+	if f.plain[i].Load() {
+		return s.reader.ReadRaw(p, off+at+int64(within))
+	}
+	k := cacheKey{owner: s.owner, at: uint64(off), part: uint32(i), kind: cachedBlock}
+	if v, ok := c.get(k); ok {
+		copy(p, v.([]byte)[within:])
+		return nil
+	}
+	buf := c.buffers.Get().(*[frame.BlockSize]byte)
+	defer c.buffers.Put(buf)
+	if err := s.reader.ReadRaw(buf[:stored], off+at); err != nil {
+		return err
+	}
+	out, err := f.DecodeBlock(i, buf[:stored], make([]byte, 0, size))
+	if err != nil {
+		return err
+	}
+	copy(p, out[within:])
+	if bytes.Equal(out, buf[:stored]) {
+		f.plain[i].Store(true)
+		return nil
+	}
+	c.put(k, out, int64(cap(out)))
 	return nil
 }
 

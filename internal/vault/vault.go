@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"path"
 	"slices"
 	"sync"
@@ -46,6 +47,7 @@ type Vault struct {
 	index    *index
 	segs     *segments
 
+	images     atomic.Pointer[map[dr.DiskID]*image] // replaced as a whole
 	manifest   atomic.Pointer[manifest]
 	manifestMu sync.Mutex    // serialises changes of the manifest
 	folding    sync.Mutex    // one fold at a time
@@ -53,9 +55,9 @@ type Vault struct {
 
 	mu struct {
 		sync.Mutex
-		logs   map[dr.Timeline]*Log
-		images map[dr.DiskID]*image
-		pins   map[*State]dr.Seq // on the base timeline: the horizon stays at or before
+		logs     map[dr.Timeline]*Log
+		pins     map[*State]dr.Seq // on the base timeline: the horizon stays at or before
+		outgrown []*image          // of disks that have grown since, to be closed in the end
 	}
 }
 
@@ -121,7 +123,7 @@ func Open(ctx context.Context, fsys vfs.FS, dir string, opts Options) (*Vault, e
 	v.manifest.Store(m)
 	v.segs = newSegments(fsys, dir, v.opts.Cache)
 	v.mu.logs = map[dr.Timeline]*Log{}
-	v.mu.images = map[dr.DiskID]*image{}
+	v.images.Store(&map[dr.DiskID]*image{})
 	v.mu.pins = map[*State]dr.Seq{}
 	if err := v.recover(ctx); err != nil {
 		return nil, errors.Join(fmt.Errorf("open vault %s: %w", dir, err), v.Close())
@@ -210,7 +212,7 @@ func (v *Vault) Close() error {
 		errs = append(errs, l.close())
 	}
 	errs = append(errs, v.segs.close())
-	for _, i := range v.mu.images {
+	for _, i := range append(v.mu.outgrown, slices.Collect(maps.Values(*v.images.Load()))...) {
 		errs = append(errs, i.close())
 	}
 	if v.index != nil {
@@ -314,9 +316,7 @@ func (v *Vault) Stats() Stats {
 		s.BranchBytes[tl] += v.log(tl).activeBytes()
 	}
 	s.LogBytes += v.Log().activeBytes()
-	v.mu.Lock()
-	defer v.mu.Unlock()
-	for _, i := range v.mu.images {
+	for _, i := range *v.images.Load() {
 		if a, ok := i.file.(vfs.AllocatedSizer); ok {
 			n, err := a.AllocatedBytes()
 			if err == nil {
