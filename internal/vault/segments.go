@@ -169,7 +169,7 @@ func (t *segments) removeLocked(s *openSegment) {
 }
 
 func (s *openSegment) close() {
-	s.closing.Do(func() { s.reader.Close() }) // nothing was written through it
+	s.closing.Do(func() { _ = s.reader.Close() }) // nothing was written through it
 }
 
 // close closes all segments. No one may use them any more.
