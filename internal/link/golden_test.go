@@ -33,6 +33,9 @@ func TestGoldenMessages(t *testing.T) {
 		{"refuse", (&Refused{Code: CodeNotReady, RetryAfter: 1500 * time.Millisecond, Text: "später"}).encode()},
 		{"ack", Ack{Stored: 0x1234, Durable: 0x12}.encode()},
 		{"ping", message(msgPing, nil)},
+		{"call", bytes.Join(encodeCall(0x01020304, CallBarrier, []byte("hold")), nil)},
+		{"answer", bytes.Join(encodeAnswer(0x01020304, answer{body: []byte("held")}), nil)},
+		{"answer of failure", bytes.Join(encodeAnswer(5, answer{err: &Refused{Code: CodeFull, Text: "full"}}), nil)},
 	} {
 		fmt.Fprintf(&text, "%s\n%s", m.name, hex.Dump(m.bytes))
 	}

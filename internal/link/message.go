@@ -42,6 +42,8 @@ const (
 	msgFrame
 	msgAck
 	msgPing
+	msgCall
+	msgAnswer
 )
 
 const (
@@ -67,6 +69,10 @@ func (t msgType) bodyLimits() (low, high int, ok bool) {
 		return ackSize, ackSize, true
 	case msgPing:
 		return 0, 0, true
+	case msgCall:
+		return callFixed, callFixed + MaxCall, true
+	case msgAnswer:
+		return answerFixed, answerFixed + MaxCall, true
 	}
 	return 0, 0, false
 }
@@ -80,10 +86,10 @@ type Hello struct {
 // Ack is how far a receiver has come.
 type Ack struct{ Stored, Durable dr.Seq }
 
-// Code is the reason of a refusal.
+// Code is the reason of a refusal, of a stream or of a call.
 type Code uint16
 
-// The codes of a refusal.
+// The codes of a refusal. Those behind CodeCorrupt answer calls.
 const (
 	CodeVersion Code = iota + 1
 	CodeDenied
@@ -92,16 +98,20 @@ const (
 	CodeGap
 	CodeNotReady
 	CodeCorrupt
+	CodeInvalid
+	CodeUnsupported
+	CodeFull
 )
 
 // kinds gives the error kind of each code.
 var kinds = map[Code]error{
 	CodeVersion: dr.ErrVersion, CodeDenied: dr.ErrDenied, CodeUnknown: dr.ErrNotFound, CodeTimeline: dr.ErrTimeline,
 	CodeGap: dr.ErrGap, CodeNotReady: dr.ErrUnavailable, CodeCorrupt: dr.ErrCorrupt,
+	CodeInvalid: dr.ErrInvalid, CodeUnsupported: dr.ErrUnsupported, CodeFull: dr.ErrFull,
 }
 
-// Refused is the error of a stream that the receiver refused. It unwraps to the dr kind of
-// its code.
+// Refused is the error of a stream that the receiver refused, or of a call that the
+// other side did. It unwraps to the dr kind of its code.
 type Refused struct {
 	Code       Code
 	RetryAfter time.Duration
@@ -109,13 +119,22 @@ type Refused struct {
 }
 
 // Error implements error.
-func (r *Refused) Error() string { return "refused by the receiver: " + r.Text }
+func (r *Refused) Error() string { return "refused by the other side: " + r.Text }
 
 // Unwrap returns the kind of error.
 func (r *Refused) Unwrap() error { return kinds[r.Code] }
 
-// refusal turns an error of the receiving side into what is told the sender.
-func refusal(err error) *Refused {
+// The codes by which an error is told, in the order in which they are tried.
+var (
+	ofStreams = []Code{CodeVersion, CodeDenied, CodeUnknown, CodeTimeline, CodeGap, CodeCorrupt}
+	ofCalls   = append(ofStreams[:len(ofStreams):len(ofStreams)], CodeInvalid, CodeUnsupported, CodeFull)
+)
+
+// refusal turns an error of the receiving side into what is told the sender of a
+// stream.
+func refusal(err error) *Refused { return refuse(err, ofStreams) }
+
+func refuse(err error, codes []Code) *Refused {
 	if r := (*Refused)(nil); errors.As(err, &r) {
 		return r
 	}
@@ -123,7 +142,7 @@ func refusal(err error) *Refused {
 	if len(text) > maxText {
 		text = strings.ToValidUTF8(text[:maxText], "")
 	}
-	for _, code := range []Code{CodeVersion, CodeDenied, CodeUnknown, CodeTimeline, CodeGap, CodeCorrupt} {
+	for _, code := range codes {
 		if errors.Is(err, kinds[code]) {
 			return &Refused{Code: code, Text: text}
 		}

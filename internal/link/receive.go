@@ -42,7 +42,8 @@ func Receive(ctx context.Context, conn net.Conn, open Open) error {
 		open: open, conn: conn, w: newWriter(conn), r: bufio.NewReaderSize(liveReader{conn}, readBuffer),
 		appended: make(chan struct{}, 1), ready: make(chan struct{}), readDone: make(chan struct{}), queue: newQueue(),
 	}
-	return fmt.Errorf("receive stream: %w", run(ctx, conn, s.read, s.apply, s.sync, s.ack, s.w.keepAlive))
+	s.calls = newCaller(s.w, nil)
+	return fmt.Errorf("receive stream: %w", run(ctx, conn, s.read, s.apply, s.sync, s.ack, s.calls.keep, s.w.keepAlive))
 }
 
 type receiveShell struct {
@@ -54,6 +55,7 @@ type receiveShell struct {
 	ready    chan struct{} // closed when sink is set
 	readDone chan struct{} // closed when read has ended
 	queue    *queue
+	calls    *Caller
 
 	sink Sink
 	core receiver // of read
@@ -116,6 +118,10 @@ func (s *receiveShell) greet(ctx context.Context) error {
 		return err
 	}
 	close(s.ready)
+	if k, ok := s.sink.(CallSink); ok {
+		s.calls.handle = k.Handle
+		k.Connected(s.calls)
+	}
 	return nil
 }
 
@@ -157,6 +163,14 @@ func (s *receiveShell) readFrames(ctx context.Context) error {
 			}
 			if err := s.queue.put(ctx, f); err != nil {
 				return err
+			}
+		case msgCall:
+			if err := s.calls.called(ctx, body); err != nil {
+				return s.explain(err)
+			}
+		case msgAnswer:
+			if err := s.calls.answered(body); err != nil {
+				return s.explain(err)
 			}
 		default:
 			return s.refuse(refusalf("message %d out of turn", t))

@@ -37,6 +37,9 @@ type SenderOptions struct {
 	Hello
 	Source Source
 	Window int64 // bytes sent and not yet stored; 0 means 64 MiB
+
+	Connected func(*Caller) // if set, called once the receiver has welcomed: it calls the receiver
+	Handle    Handler       // of the receiver's calls; nil: they are refused
 }
 
 const defaultWindow = 64 << 20
@@ -52,14 +55,16 @@ func Send(ctx context.Context, conn net.Conn, o SenderOptions) error {
 		o: o, w: newWriter(conn), r: bufio.NewReaderSize(liveReader{conn}, readBuffer),
 		room: make(chan struct{}, 1), welcomed: make(chan struct{}),
 	}
+	s.calls = newCaller(s.w, o.Handle)
 	s.mu.core.machine = o.Machine
-	return fmt.Errorf("send stream of %v: %w", o.Machine, run(ctx, conn, s.read, s.write, s.w.keepAlive))
+	return fmt.Errorf("send stream of %v: %w", o.Machine, run(ctx, conn, s.read, s.write, s.calls.keep, s.w.keepAlive))
 }
 
 type sendShell struct {
 	o        SenderOptions
 	w        *writer
 	r        *bufio.Reader
+	calls    *Caller
 	room     chan struct{} // has a token after an ack
 	welcomed chan struct{} // closed when the source has resumed
 
@@ -76,11 +81,17 @@ type sentFrame struct {
 	size int64
 }
 
-func (s *sendShell) read(context.Context) error {
+func (s *sendShell) read(ctx context.Context) error {
 	for {
 		t, body, err := readMessage(s.r)
 		if err != nil {
 			return err
+		}
+		if called, err := s.called(ctx, t, body); called || err != nil {
+			if err != nil {
+				return err
+			}
+			continue
 		}
 		s.mu.Lock()
 		welcome, acked, err := s.mu.core.receive(t, body)
@@ -98,6 +109,9 @@ func (s *sendShell) read(context.Context) error {
 				return err
 			}
 			close(s.welcomed)
+			if s.o.Connected != nil {
+				s.o.Connected(s.calls)
+			}
 		}
 		if acked {
 			s.o.Source.Acked(ack)
@@ -106,6 +120,28 @@ func (s *sendShell) read(context.Context) error {
 			default:
 			}
 		}
+	}
+}
+
+// called takes what belongs to a call; ok is false for any other message.
+func (s *sendShell) called(ctx context.Context, t msgType, body []byte) (ok bool, err error) {
+	switch {
+	case t != msgCall && t != msgAnswer:
+		return false, nil
+	case !s.isWelcome():
+		return true, fmt.Errorf("link message %d out of turn: %w", t, dr.ErrCorrupt)
+	case t == msgCall:
+		return true, s.calls.called(ctx, body)
+	}
+	return true, s.calls.answered(body)
+}
+
+func (s *sendShell) isWelcome() bool {
+	select {
+	case <-s.welcomed:
+		return true
+	default:
+		return false
 	}
 }
 
