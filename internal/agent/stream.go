@@ -49,6 +49,7 @@ type stream struct {
 		safeTags  int
 		connected string
 		linkErr   error
+		far       *link.Caller // of the newest link; nil before the first
 	}
 }
 
@@ -297,7 +298,20 @@ func (s *stream) send(ctx context.Context, node, addr string) error {
 	return link.Send(ctx, conn, link.SenderOptions{
 		Hello:  link.Hello{Machine: s.machine, Timeline: s.timeline},
 		Source: source{s, addr}, Window: s.rep.tune.memory,
+		Connected: s.setFar, Handle: s.called,
 	})
+}
+
+// setFar notes how to call the process server, and through it the master target.
+func (s *stream) setFar(c *link.Caller) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.mu.far = c
+}
+
+// called answers the process server.
+func (s *stream) called(_ context.Context, kind link.CallKind, _ []byte) ([]byte, error) {
+	return nil, fmt.Errorf("call of kind %d by the process server: %w", kind, dr.ErrUnsupported)
 }
 
 // snapshot is what a stream reports.

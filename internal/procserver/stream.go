@@ -46,6 +46,7 @@ type stream struct {
 		progress  *link.Progress // of the spool since its last reset
 		ready     bool           // agents may connect: the spool stands on the route's timeline and is not being reset
 		connected bool           // to the master target
+		agent     *link.Caller   // of the newest connection of the agent; nil before the first
 		err       error          // of the last connection to it
 		received  int64          // frames from the agent
 		bytesIn   int64          // of them, as they came
@@ -87,6 +88,8 @@ func (s *stream) open(_ context.Context, h link.Hello) (link.Sink, error) {
 	return &sink{s, s.mu.progress}, nil
 }
 
+var _ link.CallSink = (*sink)(nil)
+
 // sink takes an agent's frames into the spool.
 type sink struct {
 	s        *stream
@@ -101,6 +104,18 @@ func (k *sink) Cursor() frame.Cursor {
 
 // Progress implements link.Sink.
 func (k *sink) Progress() *link.Progress { return k.progress }
+
+// Connected implements link.CallSink.
+func (k *sink) Connected(c *link.Caller) {
+	k.s.mu.Lock()
+	defer k.s.mu.Unlock()
+	k.s.mu.agent = c
+}
+
+// Handle implements link.CallSink.
+func (k *sink) Handle(_ context.Context, kind link.CallKind, _ []byte) ([]byte, error) {
+	return nil, fmt.Errorf("call of kind %d by an agent: %w", kind, dr.ErrUnsupported)
+}
 
 // Append implements link.Sink: it compresses the frames and spools them.
 func (k *sink) Append(ctx context.Context, frames []*frame.Frame) error {
