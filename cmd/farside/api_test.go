@@ -6,6 +6,7 @@ import (
 	"crypto/tls"
 	"encoding/pem"
 	"errors"
+	"fmt"
 	"net"
 	"net/http"
 	"os"
@@ -46,6 +47,7 @@ func fakeMachine() *farsidev1.Machine {
 			Position: &farsidev1.Position{Timeline: 1, Seq: 4711}, TimeNs: fakeTime, Accuracy: farsidev1.Accuracy_ACCURACY_EXACT,
 		},
 		Counters: &farsidev1.Counters{Writes: 99, BytesCaptured: 1 << 20},
+		Settings: &farsidev1.AgentSettings{Points: &farsidev1.PointSchedule{FilesystemEveryMs: new(int64(3_600_000))}},
 		Capture:  &farsidev1.CaptureStatus{Driver: "ebpf", Mode: "data"},
 		Warnings: []*farsidev1.Notice{{Code: "overflow", Severity: farsidev1.Severity_SEVERITY_WARNING, Text: "the ring was full", TimeNs: fakeTime}},
 	}
@@ -63,6 +65,12 @@ func (fakeServer) GetMachine(_ context.Context, r *farsidev1.GetMachineRequest) 
 }
 
 func (fakeServer) ProtectMachine(_ context.Context, r *farsidev1.ProtectMachineRequest) (*farsidev1.ProtectMachineResponse, error) {
+	if p := r.GetPoints(); p != nil {
+		if p.FilesystemEveryMs == nil || p.ApplicationEveryMs != nil || p.GetFilesystemEveryMs() < 10_000 {
+			return nil, api.NewError(connect.CodeInvalidArgument, api.KindInvalid, fmt.Errorf("too often, or not what was said: %v", p))
+		}
+		return &farsidev1.ProtectMachineResponse{Machine: fakeMachine()}, nil
+	}
 	if len(r.GetDiskPaths()) == 0 || r.GetDiskPaths()[0] != "/dev/sda" {
 		return nil, api.NewError(connect.CodeInvalidArgument, api.KindInvalid, errors.New("no such disk"))
 	}
@@ -97,8 +105,12 @@ func (fakeServer) ListPoints(context.Context, *farsidev1.ListPointsRequest) (*fa
 }
 
 func (fakeServer) TagPoint(_ context.Context, r *farsidev1.TagPointRequest) (*farsidev1.TagPointResponse, error) {
+	reached, detail := r.GetConsistency(), ""
+	if r.GetName() == "hooked" {
+		reached, detail = farsidev1.Consistency_CONSISTENCY_CRASH, "hook 50-postgresql failed"
+	}
 	return &farsidev1.TagPointResponse{Tag: &farsidev1.TagPoint{
-		Name: r.GetName(), Consistency: r.GetConsistency(), Position: &farsidev1.Position{Timeline: 1, Seq: 100}, TimeNs: fakeTime,
+		Name: r.GetName(), Consistency: reached, Detail: detail, Position: &farsidev1.Position{Timeline: 1, Seq: 100}, TimeNs: fakeTime,
 	}}, nil
 }
 

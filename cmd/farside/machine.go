@@ -70,6 +70,28 @@ type protectOptions struct {
 	window                      time.Duration
 	processServer, masterTarget string
 	codec, capture              string
+	points                      pointFlags
+}
+
+// pointFlags say which points are made on a schedule; negative means that the flag was not given.
+type pointFlags struct {
+	fileSystem, application, limit time.Duration
+}
+
+const notGiven = -1
+
+func (p *pointFlags) schedule() *farsidev1.PointSchedule {
+	if p.fileSystem == notGiven && p.application == notGiven && p.limit == notGiven {
+		return nil
+	}
+	ms := func(d time.Duration) *int64 {
+		if d == notGiven {
+			return nil
+		}
+		n := d.Milliseconds()
+		return &n
+	}
+	return &farsidev1.PointSchedule{FilesystemEveryMs: ms(p.fileSystem), ApplicationEveryMs: ms(p.application), FreezeLimitMs: ms(p.limit)}
 }
 
 func newMachineProtect(a *app) *cobra.Command {
@@ -105,13 +127,16 @@ Called again it only changes what is named.`,
 	f.StringVar(&o.masterTarget, "master-target", "", "node to keep the history on (default the least loaded)")
 	f.StringVar(&o.codec, "codec", "", "compression of frames: none, zstd, s2 (default chosen by the agent)")
 	f.StringVar(&o.capture, "capture", "", "capture driver: ebpf, tap (default the best that works)")
+	f.DurationVar(&o.points.fileSystem, "filesystem-points", notGiven, "make a file-system point every so often; 0 = no more (default as it is, none at first)")
+	f.DurationVar(&o.points.application, "application-points", notGiven, "make an application point every so often; 0 = no more (default as it is, none at first)")
+	f.DurationVar(&o.points.limit, "freeze-limit", notGiven, "longest time that a file system is frozen for a point (default as it is, 10s at first)")
 	return cmd
 }
 
 func (o *protectOptions) request(machine string) (*farsidev1.ProtectMachineRequest, error) {
 	req := &farsidev1.ProtectMachineRequest{
 		Machine: machine, DiskPaths: o.disks, RemoveDiskPaths: o.remove, HistoryWindowSeconds: int64(o.window.Seconds()),
-		ProcessServer: o.processServer, MasterTarget: o.masterTarget,
+		ProcessServer: o.processServer, MasterTarget: o.masterTarget, Points: o.points.schedule(),
 	}
 	codec, ok := map[string]farsidev1.Codec{
 		"":     farsidev1.Codec_CODEC_UNSPECIFIED,

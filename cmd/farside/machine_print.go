@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"fmt"
 	"io"
 	"strings"
@@ -32,11 +33,32 @@ type machineInfo struct {
 	Horizon       *dr.Position  `json:"horizon,omitempty"`
 	HorizonTime   *time.Time    `json:"horizon_time,omitempty"`
 	History       int64         `json:"history_s,omitempty"`
+	Points        *scheduleInfo `json:"points,omitempty"`
 	Used          int64         `json:"used_bytes"`
 	Backlog       int64         `json:"backlog_bytes"`
 	LastSeen      time.Time     `json:"last_seen"`
 	Warnings      []notice      `json:"warnings,omitempty"`
 	Events        []notice      `json:"events,omitempty"`
+}
+
+// scheduleInfo says how often points are made, in milliseconds; 0 = never, and for the limit the default.
+type scheduleInfo struct {
+	FileSystem  int64 `json:"filesystem_every_ms"`
+	Application int64 `json:"application_every_ms"`
+	Limit       int64 `json:"freeze_limit_ms"`
+}
+
+func (s *scheduleInfo) human() string {
+	var all []string
+	for _, p := range []struct {
+		kind string
+		ms   int64
+	}{{"filesystem", s.FileSystem}, {"application", s.Application}} {
+		if p.ms > 0 {
+			all = append(all, fmt.Sprintf("%s every %s", p.kind, time.Duration(p.ms)*time.Millisecond))
+		}
+	}
+	return cmp.Or(strings.Join(all, ", "), "none on a schedule")
 }
 
 type rpoInfo struct {
@@ -106,6 +128,9 @@ func describeMachine(m *farsidev1.Machine) machineInfo {
 	}
 	if r := m.GetRpo(); r.GetKnown() {
 		info.RPO = &rpoInfo{Now: r.GetNowMs(), P50: r.GetP50Ms(), P99: r.GetP99Ms(), Max: r.GetMaxMs()}
+	}
+	if p := m.GetSettings().GetPoints(); p != nil {
+		info.Points = &scheduleInfo{p.GetFilesystemEveryMs(), p.GetApplicationEveryMs(), p.GetFreezeLimitMs()}
 	}
 	if p := m.GetProgress(); p != nil {
 		info.Progress = &progressInfo{Done: p.GetBytesDone(), Total: p.GetBytesTotal(), Started: utc(p.GetStartedNs()), Reason: p.GetReason()}
@@ -199,6 +224,9 @@ func (m *machineInfo) human(w io.Writer) {
 			row("oldest point\t%v at %s", *m.Horizon, m.HorizonTime.Format(time.RFC3339Nano))
 		}
 		row("captured\t%d writes, %s, by %s %s", m.Counters.Writes, size(m.Counters.Bytes), m.Capture, m.Mode)
+		if m.Points != nil {
+			row("points\t%s", m.Points.human())
+		}
 		row("history\t%s, holds %s", time.Duration(m.History)*time.Second, size(m.Used))
 	})
 	for _, d := range m.Disks {

@@ -43,6 +43,7 @@ type tagPoint struct {
 	Consistency string      `json:"consistency"`
 	Position    dr.Position `json:"position"`
 	Time        time.Time   `json:"time"`
+	Detail      string      `json:"detail,omitempty"` // why it is not what was asked
 }
 
 func newPointList(a *app) *cobra.Command {
@@ -94,6 +95,7 @@ func describeTag(t *farsidev1.TagPoint) tagPoint {
 	return tagPoint{
 		ID: t.GetId(), Name: t.GetName(), Consistency: lowerName(t.GetConsistency(), "CONSISTENCY_"),
 		Position: position(t.GetPosition()), Time: utc(t.GetTimeNs()),
+		Detail: t.GetDetail(),
 	}
 }
 
@@ -127,9 +129,10 @@ func newPointTag(a *app) *cobra.Command {
 		RunE: func(cmd *cobra.Command, args []string) error {
 			kind, ok := map[string]farsidev1.Consistency{
 				"crash": farsidev1.Consistency_CONSISTENCY_CRASH, "filesystem": farsidev1.Consistency_CONSISTENCY_FILESYSTEM,
+				"application": farsidev1.Consistency_CONSISTENCY_APPLICATION,
 			}[consistency]
 			if !ok {
-				return fmt.Errorf("consistency %q: want crash or filesystem: %w", consistency, dr.ErrInvalid)
+				return fmt.Errorf("consistency %q: want crash, filesystem or application: %w", consistency, dr.ErrInvalid)
 			}
 			return a.call(cmd.Context(), func(ctx context.Context, c *api.Client) error {
 				r, err := c.TagPoint(ctx, &farsidev1.TagPointRequest{
@@ -141,11 +144,14 @@ func newPointTag(a *app) *cobra.Command {
 				t := describeTag(r.GetTag())
 				return a.print(t, func(w io.Writer) {
 					fmt.Fprintf(w, "tag %q, %s consistent, at %v, %s\n", t.Name, t.Consistency, t.Position, t.Time.Format(time.RFC3339Nano))
+					if t.Detail != "" {
+						fmt.Fprintf(w, "not %s consistent: %s\n", consistency, t.Detail)
+					}
 				})
 			})
 		},
 	}
-	cmd.Flags().StringVar(&consistency, "consistency", "crash", `"crash" (as a power cut), or "filesystem" (frozen)`)
+	cmd.Flags().StringVar(&consistency, "consistency", "crash", `"crash" (as a power cut), "filesystem" (frozen), or "application" (frozen, and hooks have run)`)
 	cmd.Flags().DurationVar(&timeout, "timeout", time.Minute, "how long to wait")
 	return cmd
 }

@@ -24,15 +24,25 @@ type Machine struct {
 	RingBytes     int64
 	MemoryBytes   int64
 	CaptureDriver string
+	Points        PointSchedule
+}
+
+// PointSchedule says how often points are made without being asked for.
+type PointSchedule struct {
+	FileSystemEvery  int64 // ms; 0 = never
+	ApplicationEvery int64 // ms; 0 = never
+	FreezeLimit      int64 // ms; 0 = the agent's default
 }
 
 const machineColumns = `id, name, node_id, created_ns, protected, retired, timeline, last_timeline, last_disk,
-	process_server, master_target, history_window_s, codec, ring_bytes, memory_bytes, capture_driver`
+	process_server, master_target, history_window_s, codec, ring_bytes, memory_bytes, capture_driver,
+	filesystem_points_ms, application_points_ms, freeze_limit_ms`
 
 func scanMachine(s scanner) (m Machine, err error) {
 	err = s.Scan(machineColumn(&m.ID), &m.Name, nodeColumn(&m.Node), &m.Created, &m.Protected, &m.Retired, &m.Timeline,
 		&m.LastTimeline, &m.LastDisk, nodeColumn(&m.ProcessServer), nodeColumn(&m.MasterTarget), &m.HistoryWindow,
-		&m.Codec, &m.RingBytes, &m.MemoryBytes, &m.CaptureDriver)
+		&m.Codec, &m.RingBytes, &m.MemoryBytes, &m.CaptureDriver,
+		&m.Points.FileSystemEvery, &m.Points.ApplicationEvery, &m.Points.FreezeLimit)
 	return m, err
 }
 
@@ -41,19 +51,20 @@ func (m Machine) values() []any {
 		m.ID.String(), m.Name, m.Node.String(), m.Created, m.Protected, m.Retired, m.Timeline,
 		m.LastTimeline, m.LastDisk, textOf(m.ProcessServer), textOf(m.MasterTarget), m.HistoryWindow,
 		m.Codec, m.RingBytes, m.MemoryBytes, m.CaptureDriver,
+		m.Points.FileSystemEvery, m.Points.ApplicationEvery, m.Points.FreezeLimit,
 	}
 }
 
 // AddMachine adds a machine; its node must be there already.
 func (t *Tx) AddMachine(m Machine) error {
 	return t.change("add machine", `INSERT INTO machines (`+machineColumns+`)
-		VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`, m.values()...)
+		VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`, m.values()...)
 }
 
 // SaveMachine replaces a machine's row.
 func (t *Tx) SaveMachine(m Machine) error {
 	return t.change("save machine", `UPDATE machines SET (`+machineColumns+`)
-		= (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) WHERE id = ?`, append(m.values(), m.ID.String())...)
+		= (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) WHERE id = ?`, append(m.values(), m.ID.String())...)
 }
 
 // Machine returns a machine.

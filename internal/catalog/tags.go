@@ -26,21 +26,22 @@ type Tag struct {
 	Position    dr.Position // when durable
 	Time        int64       // UTC ns, when durable
 	Error       string      // when failed
+	Detail      string      // why it is not as consistent as was asked
 }
 
-const tagColumns = `id, machine_id, group_id, name, consistency, created_ns, deadline_ns, state, timeline, seq, time_ns, error`
+const tagColumns = `id, machine_id, group_id, name, consistency, created_ns, deadline_ns, state, timeline, seq, time_ns, error, detail`
 
 func scanTag(s scanner) (g Tag, err error) {
 	err = s.Scan(&g.ID, machineColumn(&g.Machine), &g.Group, &g.Name, &g.Consistency, &g.Created, &g.Deadline, &g.State,
-		&g.Position.Timeline, seqColumn{&g.Position.Seq}, &g.Time, &g.Error)
+		&g.Position.Timeline, seqColumn{&g.Position.Seq}, &g.Time, &g.Error, &g.Detail)
 	return g, err
 }
 
 // AddTag adds a tag. The error wraps dr.ErrExists if its id is taken.
 func (t *Tx) AddTag(g Tag) error {
-	return t.change("add tag", `INSERT INTO tags (`+tagColumns+`) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
+	return t.change("add tag", `INSERT INTO tags (`+tagColumns+`) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
 		g.ID, g.Machine.String(), g.Group, g.Name, g.Consistency, g.Created, g.Deadline, g.State,
-		g.Position.Timeline, int64(g.Position.Seq), g.Time, g.Error)
+		g.Position.Timeline, int64(g.Position.Seq), g.Time, g.Error, g.Detail)
 }
 
 // Tag returns a tag.
@@ -73,6 +74,14 @@ func (t *Tx) PlaceTag(id string, p dr.Position, time int64, c dr.Consistency) er
 func (t *Tx) FailTag(id, why string) error {
 	if _, err := t.exec(`UPDATE tags SET state = ?, error = ? WHERE id = ? AND state = ?`, TagFailed, why, id, TagWanted); err != nil {
 		return fmt.Errorf("fail tag: %w", err)
+	}
+	return nil
+}
+
+// NoteTag notes why a tag is not as consistent as was asked.
+func (t *Tx) NoteTag(id, detail string) error {
+	if _, err := t.exec(`UPDATE tags SET detail = ? WHERE id = ?`, detail, id); err != nil {
+		return fmt.Errorf("note on tag: %w", err)
 	}
 	return nil
 }

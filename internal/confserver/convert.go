@@ -4,6 +4,7 @@ import (
 	"encoding/base64"
 	"fmt"
 	"strings"
+	"time"
 	"unicode"
 	"unicode/utf8"
 
@@ -80,7 +81,52 @@ func codecName(c farsidev1.Codec) (string, error) {
 func settingsOf(m catalog.Machine) *farsidev1.AgentSettings {
 	return &farsidev1.AgentSettings{
 		Codec: codecNumber(m.Codec), RingBytes: m.RingBytes, MemoryBytes: m.MemoryBytes, CaptureDriver: m.CaptureDriver,
+		Points: pointsOf(m.Points),
 	}
+}
+
+// pointsOf returns nil for a schedule that says nothing.
+func pointsOf(p catalog.PointSchedule) *farsidev1.PointSchedule {
+	if p == (catalog.PointSchedule{}) {
+		return nil
+	}
+	return &farsidev1.PointSchedule{
+		FilesystemEveryMs: &p.FileSystemEvery, ApplicationEveryMs: &p.ApplicationEvery, FreezeLimitMs: &p.FreezeLimit,
+	}
+}
+
+// The bounds of a point schedule.
+const (
+	minPointInterval = 10 * time.Second
+	maxPointInterval = 30 * 24 * time.Hour
+	minFreezeLimit   = 100 * time.Millisecond
+	maxFreezeLimit   = time.Minute
+)
+
+// applyPoints changes those fields of a machine's schedule that s has.
+func applyPoints(m *catalog.Machine, s *farsidev1.PointSchedule) error {
+	if s == nil {
+		return nil
+	}
+	for _, f := range []struct {
+		what        string
+		to          *int64
+		from        *int64
+		least, most time.Duration
+	}{
+		{"interval of file-system points", &m.Points.FileSystemEvery, s.FilesystemEveryMs, minPointInterval, maxPointInterval},
+		{"interval of application points", &m.Points.ApplicationEvery, s.ApplicationEveryMs, minPointInterval, maxPointInterval},
+		{"limit of a freeze", &m.Points.FreezeLimit, s.FreezeLimitMs, minFreezeLimit, maxFreezeLimit},
+	} {
+		if f.from == nil {
+			continue
+		}
+		if ms := *f.from; ms != 0 && (ms < f.least.Milliseconds() || ms > f.most.Milliseconds()) {
+			return fmt.Errorf("%s of %d ms: want 0, or %s to %s: %w", f.what, ms, f.least, f.most, dr.ErrInvalid)
+		}
+		*f.to = *f.from
+	}
+	return nil
 }
 
 // apply changes a machine's settings to what was asked for.

@@ -92,7 +92,7 @@ func (s farsideService) ProtectMachine(ctx context.Context, req *farsidev1.Prote
 			return err
 		}
 		wake = []dr.NodeID{m.Node, m.ProcessServer, m.MasterTarget}
-		if err := applySettings(&m, req.GetSettings()); err != nil {
+		if err := errors.Join(applySettings(&m, req.GetSettings()), applyPoints(&m, req.GetPoints())); err != nil {
 			return err
 		}
 		if w := req.GetHistoryWindowSeconds(); w != 0 {

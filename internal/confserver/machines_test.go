@@ -20,6 +20,35 @@ func discard() *slog.Logger { return slog.New(slog.DiscardHandler) }
 
 func removeFile(name string) error { return os.Remove(name) }
 
+// TestPointSchedule: a field that a request leaves out stays as it is, and so do the
+// other settings; the agent is told.
+func TestPointSchedule(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	f := s.protected()
+	for _, step := range []struct {
+		points           *farsidev1.PointSchedule
+		fs, app, longest int64
+	}{
+		{&farsidev1.PointSchedule{FilesystemEveryMs: new(int64(60_000))}, 60_000, 0, 0},
+		{&farsidev1.PointSchedule{ApplicationEveryMs: new(int64(3_600_000)), FreezeLimitMs: new(int64(500))}, 60_000, 3_600_000, 500},
+		{nil, 60_000, 3_600_000, 500},
+		{&farsidev1.PointSchedule{FilesystemEveryMs: new(int64(0))}, 0, 3_600_000, 500},
+	} {
+		r, err := s.ProtectMachine(t.Context(), &farsidev1.ProtectMachineRequest{Machine: "web", Points: step.points})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for who, p := range map[string]*farsidev1.PointSchedule{
+			"the machine": r.GetMachine().GetSettings().GetPoints(), "the agent": f.agent.assignment().GetAgent().GetSettings().GetPoints(),
+		} {
+			if p.GetFilesystemEveryMs() != step.fs || p.GetApplicationEveryMs() != step.app || p.GetFreezeLimitMs() != step.longest {
+				t.Errorf("after %v, %s has %v", step.points, who, p)
+			}
+		}
+	}
+}
+
 func TestProtect(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
@@ -112,6 +141,15 @@ func TestProtectRefuses(t *testing.T) {
 		{"negative window", func(r *farsidev1.ProtectMachineRequest) { r.HistoryWindowSeconds = -1 }, api.KindInvalid},
 		{"endless window", func(r *farsidev1.ProtectMachineRequest) { r.HistoryWindowSeconds = 1 << 60 }, api.KindInvalid},
 		{"codec", func(r *farsidev1.ProtectMachineRequest) { r.Settings = &farsidev1.AgentSettings{Codec: 77} }, api.KindInvalid},
+		{"points every second", func(r *farsidev1.ProtectMachineRequest) {
+			r.Points = &farsidev1.PointSchedule{FilesystemEveryMs: new(int64(1000))}
+		}, api.KindInvalid},
+		{"points in the past", func(r *farsidev1.ProtectMachineRequest) {
+			r.Points = &farsidev1.PointSchedule{ApplicationEveryMs: new(int64(-1))}
+		}, api.KindInvalid},
+		{"endless freeze", func(r *farsidev1.ProtectMachineRequest) {
+			r.Points = &farsidev1.PointSchedule{FreezeLimitMs: new(int64(3_600_000))}
+		}, api.KindInvalid},
 		{"ring", func(r *farsidev1.ProtectMachineRequest) { r.Settings = &farsidev1.AgentSettings{RingBytes: -1} }, api.KindInvalid},
 	} {
 		wantKind(t, tc.name, protect(tc.change), tc.kind)

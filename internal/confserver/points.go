@@ -17,6 +17,7 @@ const (
 	defaultPoints = 1000
 	maxPoints     = 100_000
 	tagNotInTime  = "the tag was not durable in time"
+	detailWait    = time.Second // for the agent to say why a tag is less than was asked
 )
 
 // ListPoints implements the call.
@@ -91,12 +92,15 @@ func (s farsideService) TagPoint(ctx context.Context, req *farsidev1.TagPointReq
 	}
 	s.hub.wake(agent)
 	done, err := s.waitForTag(ctx, row.ID, patience)
+	if err == nil && done.Consistency < row.Consistency && done.Detail == "" {
+		done, err = s.waitForDetail(ctx, done)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("tag point %q: %w", row.Name, err)
 	}
 	return &farsidev1.TagPointResponse{Tag: &farsidev1.TagPoint{
 		Id: done.ID, Name: done.Name, Consistency: farsidev1.Consistency(done.Consistency), GroupId: done.Group,
-		Position: positionMessage(done.Position), TimeNs: done.Time,
+		Position: positionMessage(done.Position), TimeNs: done.Time, Detail: done.Detail,
 	}}, nil
 }
 
@@ -155,5 +159,22 @@ func (s *server) waitForTag(ctx context.Context, id string, patience time.Durati
 		}
 		return false, nil
 	})
+	return row, err
+}
+
+// waitForDetail waits a little for the agent to say why a durable tag is less than
+// was asked: its report and the master target's go different ways.
+func (s *server) waitForDetail(ctx context.Context, row catalog.Tag) (catalog.Tag, error) {
+	err := s.waitUntil(ctx, detailWait, func() (done bool, err error) {
+		err = s.catalog.Read(ctx, func(tx *catalog.Tx) error {
+			now, err := tx.Tag(row.ID)
+			row.Detail = now.Detail
+			return err
+		})
+		return row.Detail != "", err
+	})
+	if errors.Is(err, errTimeout) {
+		return row, nil // it was placed all the same
+	}
 	return row, err
 }

@@ -84,6 +84,41 @@ func TestTagPoint(t *testing.T) {
 	wantKind(t, "id of another", err, api.KindExists)
 }
 
+// TestTagPointSaysWhy: a point that is less than was asked comes with the agent's
+// reason, whichever report is first, and without one after a while.
+func TestTagPointSaysWhy(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	f := s.protected()
+	for _, tc := range []struct {
+		name        string
+		agent       []int // when the agent says why: 0 before, 1 after the master target
+		detail      string
+		consistency farsidev1.Consistency
+	}{
+		{"early", []int{0}, "hook pg failed", farsidev1.Consistency_CONSISTENCY_CRASH},
+		{"late", []int{1}, "hook pg failed", farsidev1.Consistency_CONSISTENCY_CRASH},
+		{"twice", []int{0, 1}, "hook pg failed", farsidev1.Consistency_CONSISTENCY_FILESYSTEM},
+		{"never", nil, "", farsidev1.Consistency_CONSISTENCY_CRASH},
+		{"as asked", nil, "", farsidev1.Consistency_CONSISTENCY_APPLICATION},
+	} {
+		wanted, done := s.tag(f, &farsidev1.TagPointRequest{Machine: "web", Name: tc.name, Consistency: farsidev1.Consistency_CONSISTENCY_APPLICATION})
+		say := func(when int) {
+			if slices.Contains(tc.agent, when) {
+				f.agent.report(agentWork(&farsidev1.AgentReport{Discovered: disks(), Tags: []*farsidev1.TagResult{{Id: wanted.GetId(), Detail: tc.detail}}}))
+			}
+		}
+		say(0)
+		point := &farsidev1.TagPoint{Id: wanted.GetId(), Name: tc.name, Position: &farsidev1.Position{Timeline: 1, Seq: 42}, TimeNs: 7, Consistency: tc.consistency}
+		f.target.report(targetWork(&farsidev1.MasterTargetReport{Machines: []*farsidev1.TargetStatus{{MachineId: f.agent.machine(), Tags: []*farsidev1.TagPoint{point}}}}))
+		say(1)
+		r := <-done
+		if r.err != nil || r.GetTag().GetDetail() != tc.detail || r.GetTag().GetConsistency() != tc.consistency {
+			t.Errorf("%s: %v, %v", tc.name, r.TagPointResponse, r.err)
+		}
+	}
+}
+
 func TestTagPointFails(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)

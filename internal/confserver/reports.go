@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"slices"
+	"strings"
 	"time"
 
 	"google.golang.org/protobuf/proto"
@@ -140,20 +141,23 @@ func whoDials(tx *catalog.Tx, n catalog.Node) ([]dr.NodeID, error) {
 	return ids, err
 }
 
-// concludeAgent notes which tags the agent could not place. Those that it placed
-// count when the master target has them.
+// maxDetail bounds what is kept of an agent's explanation, in bytes.
+const maxDetail = 4 << 10
+
+// concludeAgent notes which tags the agent could not place, and why others are less
+// than was asked. Those that it placed count when the master target has them.
 func concludeAgent(tx *catalog.Tx, n catalog.Node, r *farsidev1.AgentReport) ([]dr.NodeID, error) {
 	var wake []dr.NodeID
 	for _, t := range r.GetTags() {
-		if t.GetError() == "" {
+		if t.GetError() == "" && t.GetDetail() == "" {
 			continue
 		}
 		row, err := tx.Tag(t.GetId())
-		if errors.Is(err, dr.ErrNotFound) || err == nil && (row.Machine != n.Machine || row.State != catalog.TagWanted) {
+		if errors.Is(err, dr.ErrNotFound) || err == nil && row.Machine != n.Machine {
 			continue
 		}
 		if err == nil {
-			err = tx.FailTag(row.ID, t.GetError())
+			err = concludeTag(tx, row, t)
 		}
 		if err != nil {
 			return nil, err
@@ -161,6 +165,17 @@ func concludeAgent(tx *catalog.Tx, n catalog.Node, r *farsidev1.AgentReport) ([]
 		wake = append(wake, n.ID)
 	}
 	return wake, nil
+}
+
+func concludeTag(tx *catalog.Tx, row catalog.Tag, t *farsidev1.TagResult) error {
+	if t.GetError() != "" {
+		return tx.FailTag(row.ID, t.GetError())
+	}
+	detail := strings.ToValidUTF8(t.GetDetail()[:min(len(t.GetDetail()), maxDetail)], "")
+	if detail == row.Detail {
+		return nil
+	}
+	return tx.NoteTag(row.ID, detail)
 }
 
 // concludeTarget notes which tags are durable, where views were opened, and which are closed.

@@ -1183,6 +1183,7 @@ type ProtectMachineRequest struct {
 	MasterTarget         string                 `protobuf:"bytes,5,opt,name=master_target,json=masterTarget,proto3" json:"master_target,omitempty"`                            // "" = as it is, or the least loaded
 	Settings             *AgentSettings         `protobuf:"bytes,6,opt,name=settings,proto3" json:"settings,omitempty"`                                                        // absent = as they are
 	RemoveDiskPaths      []string               `protobuf:"bytes,7,rep,name=remove_disk_paths,json=removeDiskPaths,proto3" json:"remove_disk_paths,omitempty"`                 // no longer to be replicated
+	Points               *PointSchedule         `protobuf:"bytes,8,opt,name=points,proto3" json:"points,omitempty"`                                                            // absent = as it is; settings.points is ignored here
 	unknownFields        protoimpl.UnknownFields
 	sizeCache            protoimpl.SizeCache
 }
@@ -1262,6 +1263,13 @@ func (x *ProtectMachineRequest) GetSettings() *AgentSettings {
 func (x *ProtectMachineRequest) GetRemoveDiskPaths() []string {
 	if x != nil {
 		return x.RemoveDiskPaths
+	}
+	return nil
+}
+
+func (x *ProtectMachineRequest) GetPoints() *PointSchedule {
+	if x != nil {
+		return x.Points
 	}
 	return nil
 }
@@ -2344,7 +2352,7 @@ const file_farside_v1_farside_proto_rawDesc = "" +
 	"\x11GetMachineRequest\x12\x18\n" +
 	"\amachine\x18\x01 \x01(\tR\amachine\"C\n" +
 	"\x12GetMachineResponse\x12-\n" +
-	"\amachine\x18\x01 \x01(\v2\x13.farside.v1.MachineR\amachine\"\xb5\x02\n" +
+	"\amachine\x18\x01 \x01(\v2\x13.farside.v1.MachineR\amachine\"\xe8\x02\n" +
 	"\x15ProtectMachineRequest\x12\x18\n" +
 	"\amachine\x18\x01 \x01(\tR\amachine\x12\x1d\n" +
 	"\n" +
@@ -2353,7 +2361,8 @@ const file_farside_v1_farside_proto_rawDesc = "" +
 	"\x0eprocess_server\x18\x04 \x01(\tR\rprocessServer\x12#\n" +
 	"\rmaster_target\x18\x05 \x01(\tR\fmasterTarget\x125\n" +
 	"\bsettings\x18\x06 \x01(\v2\x19.farside.v1.AgentSettingsR\bsettings\x12*\n" +
-	"\x11remove_disk_paths\x18\a \x03(\tR\x0fremoveDiskPaths\"G\n" +
+	"\x11remove_disk_paths\x18\a \x03(\tR\x0fremoveDiskPaths\x121\n" +
+	"\x06points\x18\b \x01(\v2\x19.farside.v1.PointScheduleR\x06points\"G\n" +
 	"\x16ProtectMachineResponse\x12-\n" +
 	"\amachine\x18\x01 \x01(\v2\x13.farside.v1.MachineR\amachine\"3\n" +
 	"\x17UnprotectMachineRequest\x12\x18\n" +
@@ -2515,11 +2524,12 @@ var file_farside_v1_farside_proto_goTypes = []any{
 	(*StreamStatus)(nil),                   // 41: farside.v1.StreamStatus
 	(*AgentSettings)(nil),                  // 42: farside.v1.AgentSettings
 	(*CaptureStatus)(nil),                  // 43: farside.v1.CaptureStatus
-	(*Span)(nil),                           // 44: farside.v1.Span
-	(*TagPoint)(nil),                       // 45: farside.v1.TagPoint
-	(Consistency)(0),                       // 46: farside.v1.Consistency
-	(*Selector)(nil),                       // 47: farside.v1.Selector
-	(*ViewStatus)(nil),                     // 48: farside.v1.ViewStatus
+	(*PointSchedule)(nil),                  // 44: farside.v1.PointSchedule
+	(*Span)(nil),                           // 45: farside.v1.Span
+	(*TagPoint)(nil),                       // 46: farside.v1.TagPoint
+	(Consistency)(0),                       // 47: farside.v1.Consistency
+	(*Selector)(nil),                       // 48: farside.v1.Selector
+	(*ViewStatus)(nil),                     // 49: farside.v1.ViewStatus
 }
 var file_farside_v1_farside_proto_depIdxs = []int32{
 	31, // 0: farside.v1.CreateTokenRequest.role:type_name -> farside.v1.Role
@@ -2549,51 +2559,52 @@ var file_farside_v1_farside_proto_depIdxs = []int32{
 	9,  // 24: farside.v1.ListMachinesResponse.machines:type_name -> farside.v1.Machine
 	9,  // 25: farside.v1.GetMachineResponse.machine:type_name -> farside.v1.Machine
 	42, // 26: farside.v1.ProtectMachineRequest.settings:type_name -> farside.v1.AgentSettings
-	9,  // 27: farside.v1.ProtectMachineResponse.machine:type_name -> farside.v1.Machine
-	9,  // 28: farside.v1.UnprotectMachineResponse.machine:type_name -> farside.v1.Machine
-	44, // 29: farside.v1.ListPointsResponse.spans:type_name -> farside.v1.Span
-	45, // 30: farside.v1.ListPointsResponse.tags:type_name -> farside.v1.TagPoint
-	39, // 31: farside.v1.ListPointsResponse.horizon:type_name -> farside.v1.Position
-	40, // 32: farside.v1.ListPointsResponse.newest:type_name -> farside.v1.Point
-	46, // 33: farside.v1.TagPointRequest.consistency:type_name -> farside.v1.Consistency
-	45, // 34: farside.v1.TagPointResponse.tag:type_name -> farside.v1.TagPoint
-	47, // 35: farside.v1.OpenViewRequest.selector:type_name -> farside.v1.Selector
-	47, // 36: farside.v1.View.selector:type_name -> farside.v1.Selector
-	48, // 37: farside.v1.View.status:type_name -> farside.v1.ViewStatus
-	23, // 38: farside.v1.OpenViewResponse.view:type_name -> farside.v1.View
-	23, // 39: farside.v1.CloseViewResponse.view:type_name -> farside.v1.View
-	23, // 40: farside.v1.ListViewsResponse.views:type_name -> farside.v1.View
-	1,  // 41: farside.v1.FarsideService.GetServer:input_type -> farside.v1.GetServerRequest
-	3,  // 42: farside.v1.FarsideService.CreateToken:input_type -> farside.v1.CreateTokenRequest
-	6,  // 43: farside.v1.FarsideService.ListNodes:input_type -> farside.v1.ListNodesRequest
-	10, // 44: farside.v1.FarsideService.ListMachines:input_type -> farside.v1.ListMachinesRequest
-	12, // 45: farside.v1.FarsideService.GetMachine:input_type -> farside.v1.GetMachineRequest
-	14, // 46: farside.v1.FarsideService.ProtectMachine:input_type -> farside.v1.ProtectMachineRequest
-	16, // 47: farside.v1.FarsideService.UnprotectMachine:input_type -> farside.v1.UnprotectMachineRequest
-	18, // 48: farside.v1.FarsideService.ListPoints:input_type -> farside.v1.ListPointsRequest
-	20, // 49: farside.v1.FarsideService.TagPoint:input_type -> farside.v1.TagPointRequest
-	22, // 50: farside.v1.FarsideService.OpenView:input_type -> farside.v1.OpenViewRequest
-	25, // 51: farside.v1.FarsideService.CloseView:input_type -> farside.v1.CloseViewRequest
-	27, // 52: farside.v1.FarsideService.ListViews:input_type -> farside.v1.ListViewsRequest
-	29, // 53: farside.v1.FarsideService.IssueClientCertificate:input_type -> farside.v1.IssueClientCertificateRequest
-	2,  // 54: farside.v1.FarsideService.GetServer:output_type -> farside.v1.GetServerResponse
-	4,  // 55: farside.v1.FarsideService.CreateToken:output_type -> farside.v1.CreateTokenResponse
-	7,  // 56: farside.v1.FarsideService.ListNodes:output_type -> farside.v1.ListNodesResponse
-	11, // 57: farside.v1.FarsideService.ListMachines:output_type -> farside.v1.ListMachinesResponse
-	13, // 58: farside.v1.FarsideService.GetMachine:output_type -> farside.v1.GetMachineResponse
-	15, // 59: farside.v1.FarsideService.ProtectMachine:output_type -> farside.v1.ProtectMachineResponse
-	17, // 60: farside.v1.FarsideService.UnprotectMachine:output_type -> farside.v1.UnprotectMachineResponse
-	19, // 61: farside.v1.FarsideService.ListPoints:output_type -> farside.v1.ListPointsResponse
-	21, // 62: farside.v1.FarsideService.TagPoint:output_type -> farside.v1.TagPointResponse
-	24, // 63: farside.v1.FarsideService.OpenView:output_type -> farside.v1.OpenViewResponse
-	26, // 64: farside.v1.FarsideService.CloseView:output_type -> farside.v1.CloseViewResponse
-	28, // 65: farside.v1.FarsideService.ListViews:output_type -> farside.v1.ListViewsResponse
-	30, // 66: farside.v1.FarsideService.IssueClientCertificate:output_type -> farside.v1.IssueClientCertificateResponse
-	54, // [54:67] is the sub-list for method output_type
-	41, // [41:54] is the sub-list for method input_type
-	41, // [41:41] is the sub-list for extension type_name
-	41, // [41:41] is the sub-list for extension extendee
-	0,  // [0:41] is the sub-list for field type_name
+	44, // 27: farside.v1.ProtectMachineRequest.points:type_name -> farside.v1.PointSchedule
+	9,  // 28: farside.v1.ProtectMachineResponse.machine:type_name -> farside.v1.Machine
+	9,  // 29: farside.v1.UnprotectMachineResponse.machine:type_name -> farside.v1.Machine
+	45, // 30: farside.v1.ListPointsResponse.spans:type_name -> farside.v1.Span
+	46, // 31: farside.v1.ListPointsResponse.tags:type_name -> farside.v1.TagPoint
+	39, // 32: farside.v1.ListPointsResponse.horizon:type_name -> farside.v1.Position
+	40, // 33: farside.v1.ListPointsResponse.newest:type_name -> farside.v1.Point
+	47, // 34: farside.v1.TagPointRequest.consistency:type_name -> farside.v1.Consistency
+	46, // 35: farside.v1.TagPointResponse.tag:type_name -> farside.v1.TagPoint
+	48, // 36: farside.v1.OpenViewRequest.selector:type_name -> farside.v1.Selector
+	48, // 37: farside.v1.View.selector:type_name -> farside.v1.Selector
+	49, // 38: farside.v1.View.status:type_name -> farside.v1.ViewStatus
+	23, // 39: farside.v1.OpenViewResponse.view:type_name -> farside.v1.View
+	23, // 40: farside.v1.CloseViewResponse.view:type_name -> farside.v1.View
+	23, // 41: farside.v1.ListViewsResponse.views:type_name -> farside.v1.View
+	1,  // 42: farside.v1.FarsideService.GetServer:input_type -> farside.v1.GetServerRequest
+	3,  // 43: farside.v1.FarsideService.CreateToken:input_type -> farside.v1.CreateTokenRequest
+	6,  // 44: farside.v1.FarsideService.ListNodes:input_type -> farside.v1.ListNodesRequest
+	10, // 45: farside.v1.FarsideService.ListMachines:input_type -> farside.v1.ListMachinesRequest
+	12, // 46: farside.v1.FarsideService.GetMachine:input_type -> farside.v1.GetMachineRequest
+	14, // 47: farside.v1.FarsideService.ProtectMachine:input_type -> farside.v1.ProtectMachineRequest
+	16, // 48: farside.v1.FarsideService.UnprotectMachine:input_type -> farside.v1.UnprotectMachineRequest
+	18, // 49: farside.v1.FarsideService.ListPoints:input_type -> farside.v1.ListPointsRequest
+	20, // 50: farside.v1.FarsideService.TagPoint:input_type -> farside.v1.TagPointRequest
+	22, // 51: farside.v1.FarsideService.OpenView:input_type -> farside.v1.OpenViewRequest
+	25, // 52: farside.v1.FarsideService.CloseView:input_type -> farside.v1.CloseViewRequest
+	27, // 53: farside.v1.FarsideService.ListViews:input_type -> farside.v1.ListViewsRequest
+	29, // 54: farside.v1.FarsideService.IssueClientCertificate:input_type -> farside.v1.IssueClientCertificateRequest
+	2,  // 55: farside.v1.FarsideService.GetServer:output_type -> farside.v1.GetServerResponse
+	4,  // 56: farside.v1.FarsideService.CreateToken:output_type -> farside.v1.CreateTokenResponse
+	7,  // 57: farside.v1.FarsideService.ListNodes:output_type -> farside.v1.ListNodesResponse
+	11, // 58: farside.v1.FarsideService.ListMachines:output_type -> farside.v1.ListMachinesResponse
+	13, // 59: farside.v1.FarsideService.GetMachine:output_type -> farside.v1.GetMachineResponse
+	15, // 60: farside.v1.FarsideService.ProtectMachine:output_type -> farside.v1.ProtectMachineResponse
+	17, // 61: farside.v1.FarsideService.UnprotectMachine:output_type -> farside.v1.UnprotectMachineResponse
+	19, // 62: farside.v1.FarsideService.ListPoints:output_type -> farside.v1.ListPointsResponse
+	21, // 63: farside.v1.FarsideService.TagPoint:output_type -> farside.v1.TagPointResponse
+	24, // 64: farside.v1.FarsideService.OpenView:output_type -> farside.v1.OpenViewResponse
+	26, // 65: farside.v1.FarsideService.CloseView:output_type -> farside.v1.CloseViewResponse
+	28, // 66: farside.v1.FarsideService.ListViews:output_type -> farside.v1.ListViewsResponse
+	30, // 67: farside.v1.FarsideService.IssueClientCertificate:output_type -> farside.v1.IssueClientCertificateResponse
+	55, // [55:68] is the sub-list for method output_type
+	42, // [42:55] is the sub-list for method input_type
+	42, // [42:42] is the sub-list for extension type_name
+	42, // [42:42] is the sub-list for extension extendee
+	0,  // [0:42] is the sub-list for field type_name
 }
 
 func init() { file_farside_v1_farside_proto_init() }

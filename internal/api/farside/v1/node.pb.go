@@ -678,6 +678,7 @@ type AgentSettings struct {
 	RingBytes     int64                  `protobuf:"varint,2,opt,name=ring_bytes,json=ringBytes,proto3" json:"ring_bytes,omitempty"`            // of the capture's buffer; 0 = default
 	MemoryBytes   int64                  `protobuf:"varint,3,opt,name=memory_bytes,json=memoryBytes,proto3" json:"memory_bytes,omitempty"`      // bound of the agent's buffers; 0 = default
 	CaptureDriver string                 `protobuf:"bytes,4,opt,name=capture_driver,json=captureDriver,proto3" json:"capture_driver,omitempty"` // "ebpf", "tap"; "" = the best there is
+	Points        *PointSchedule         `protobuf:"bytes,5,opt,name=points,proto3" json:"points,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -740,6 +741,75 @@ func (x *AgentSettings) GetCaptureDriver() string {
 	return ""
 }
 
+func (x *AgentSettings) GetPoints() *PointSchedule {
+	if x != nil {
+		return x.Points
+	}
+	return nil
+}
+
+// PointSchedule says which points an agent makes without being asked for each. In a request, a
+// field that is absent stays as it is.
+type PointSchedule struct {
+	state              protoimpl.MessageState `protogen:"open.v1"`
+	FilesystemEveryMs  *int64                 `protobuf:"varint,1,opt,name=filesystem_every_ms,json=filesystemEveryMs,proto3,oneof" json:"filesystem_every_ms,omitempty"`    // 0 = none; else 10 s to 30 d
+	ApplicationEveryMs *int64                 `protobuf:"varint,2,opt,name=application_every_ms,json=applicationEveryMs,proto3,oneof" json:"application_every_ms,omitempty"` // 0 = none; else 10 s to 30 d
+	FreezeLimitMs      *int64                 `protobuf:"varint,3,opt,name=freeze_limit_ms,json=freezeLimitMs,proto3,oneof" json:"freeze_limit_ms,omitempty"`                // no file system is ever frozen longer; 0 = 10 s, else 100 ms to 60 s
+	unknownFields      protoimpl.UnknownFields
+	sizeCache          protoimpl.SizeCache
+}
+
+func (x *PointSchedule) Reset() {
+	*x = PointSchedule{}
+	mi := &file_farside_v1_node_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PointSchedule) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PointSchedule) ProtoMessage() {}
+
+func (x *PointSchedule) ProtoReflect() protoreflect.Message {
+	mi := &file_farside_v1_node_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PointSchedule.ProtoReflect.Descriptor instead.
+func (*PointSchedule) Descriptor() ([]byte, []int) {
+	return file_farside_v1_node_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *PointSchedule) GetFilesystemEveryMs() int64 {
+	if x != nil && x.FilesystemEveryMs != nil {
+		return *x.FilesystemEveryMs
+	}
+	return 0
+}
+
+func (x *PointSchedule) GetApplicationEveryMs() int64 {
+	if x != nil && x.ApplicationEveryMs != nil {
+		return *x.ApplicationEveryMs
+	}
+	return 0
+}
+
+func (x *PointSchedule) GetFreezeLimitMs() int64 {
+	if x != nil && x.FreezeLimitMs != nil {
+		return *x.FreezeLimitMs
+	}
+	return 0
+}
+
 // TagRequest asks for a tag. It stands in the assignment until the tag is durable, has
 // failed or is given up.
 type TagRequest struct {
@@ -755,7 +825,7 @@ type TagRequest struct {
 
 func (x *TagRequest) Reset() {
 	*x = TagRequest{}
-	mi := &file_farside_v1_node_proto_msgTypes[10]
+	mi := &file_farside_v1_node_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -767,7 +837,7 @@ func (x *TagRequest) String() string {
 func (*TagRequest) ProtoMessage() {}
 
 func (x *TagRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_farside_v1_node_proto_msgTypes[10]
+	mi := &file_farside_v1_node_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -780,7 +850,7 @@ func (x *TagRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TagRequest.ProtoReflect.Descriptor instead.
 func (*TagRequest) Descriptor() ([]byte, []int) {
-	return file_farside_v1_node_proto_rawDescGZIP(), []int{10}
+	return file_farside_v1_node_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *TagRequest) GetId() string {
@@ -828,7 +898,7 @@ type ProcessServerAssignment struct {
 
 func (x *ProcessServerAssignment) Reset() {
 	*x = ProcessServerAssignment{}
-	mi := &file_farside_v1_node_proto_msgTypes[11]
+	mi := &file_farside_v1_node_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -840,7 +910,7 @@ func (x *ProcessServerAssignment) String() string {
 func (*ProcessServerAssignment) ProtoMessage() {}
 
 func (x *ProcessServerAssignment) ProtoReflect() protoreflect.Message {
-	mi := &file_farside_v1_node_proto_msgTypes[11]
+	mi := &file_farside_v1_node_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -853,7 +923,7 @@ func (x *ProcessServerAssignment) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProcessServerAssignment.ProtoReflect.Descriptor instead.
 func (*ProcessServerAssignment) Descriptor() ([]byte, []int) {
-	return file_farside_v1_node_proto_rawDescGZIP(), []int{11}
+	return file_farside_v1_node_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *ProcessServerAssignment) GetStreams() []*Stream {
@@ -885,7 +955,7 @@ type Stream struct {
 
 func (x *Stream) Reset() {
 	*x = Stream{}
-	mi := &file_farside_v1_node_proto_msgTypes[12]
+	mi := &file_farside_v1_node_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -897,7 +967,7 @@ func (x *Stream) String() string {
 func (*Stream) ProtoMessage() {}
 
 func (x *Stream) ProtoReflect() protoreflect.Message {
-	mi := &file_farside_v1_node_proto_msgTypes[12]
+	mi := &file_farside_v1_node_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -910,7 +980,7 @@ func (x *Stream) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Stream.ProtoReflect.Descriptor instead.
 func (*Stream) Descriptor() ([]byte, []int) {
-	return file_farside_v1_node_proto_rawDescGZIP(), []int{12}
+	return file_farside_v1_node_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Stream) GetMachineId() string {
@@ -965,7 +1035,7 @@ type SpoolLimits struct {
 
 func (x *SpoolLimits) Reset() {
 	*x = SpoolLimits{}
-	mi := &file_farside_v1_node_proto_msgTypes[13]
+	mi := &file_farside_v1_node_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -977,7 +1047,7 @@ func (x *SpoolLimits) String() string {
 func (*SpoolLimits) ProtoMessage() {}
 
 func (x *SpoolLimits) ProtoReflect() protoreflect.Message {
-	mi := &file_farside_v1_node_proto_msgTypes[13]
+	mi := &file_farside_v1_node_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -990,7 +1060,7 @@ func (x *SpoolLimits) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SpoolLimits.ProtoReflect.Descriptor instead.
 func (*SpoolLimits) Descriptor() ([]byte, []int) {
-	return file_farside_v1_node_proto_rawDescGZIP(), []int{13}
+	return file_farside_v1_node_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *SpoolLimits) GetTotalBytes() int64 {
@@ -1017,7 +1087,7 @@ type MasterTargetAssignment struct {
 
 func (x *MasterTargetAssignment) Reset() {
 	*x = MasterTargetAssignment{}
-	mi := &file_farside_v1_node_proto_msgTypes[14]
+	mi := &file_farside_v1_node_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1029,7 +1099,7 @@ func (x *MasterTargetAssignment) String() string {
 func (*MasterTargetAssignment) ProtoMessage() {}
 
 func (x *MasterTargetAssignment) ProtoReflect() protoreflect.Message {
-	mi := &file_farside_v1_node_proto_msgTypes[14]
+	mi := &file_farside_v1_node_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1042,7 +1112,7 @@ func (x *MasterTargetAssignment) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MasterTargetAssignment.ProtoReflect.Descriptor instead.
 func (*MasterTargetAssignment) Descriptor() ([]byte, []int) {
-	return file_farside_v1_node_proto_rawDescGZIP(), []int{14}
+	return file_farside_v1_node_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *MasterTargetAssignment) GetMachines() []*TargetMachine {
@@ -1074,7 +1144,7 @@ type TargetMachine struct {
 
 func (x *TargetMachine) Reset() {
 	*x = TargetMachine{}
-	mi := &file_farside_v1_node_proto_msgTypes[15]
+	mi := &file_farside_v1_node_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1086,7 +1156,7 @@ func (x *TargetMachine) String() string {
 func (*TargetMachine) ProtoMessage() {}
 
 func (x *TargetMachine) ProtoReflect() protoreflect.Message {
-	mi := &file_farside_v1_node_proto_msgTypes[15]
+	mi := &file_farside_v1_node_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1099,7 +1169,7 @@ func (x *TargetMachine) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TargetMachine.ProtoReflect.Descriptor instead.
 func (*TargetMachine) Descriptor() ([]byte, []int) {
-	return file_farside_v1_node_proto_rawDescGZIP(), []int{15}
+	return file_farside_v1_node_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *TargetMachine) GetMachineId() string {
@@ -1169,7 +1239,7 @@ type ViewAssignment struct {
 
 func (x *ViewAssignment) Reset() {
 	*x = ViewAssignment{}
-	mi := &file_farside_v1_node_proto_msgTypes[16]
+	mi := &file_farside_v1_node_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1181,7 +1251,7 @@ func (x *ViewAssignment) String() string {
 func (*ViewAssignment) ProtoMessage() {}
 
 func (x *ViewAssignment) ProtoReflect() protoreflect.Message {
-	mi := &file_farside_v1_node_proto_msgTypes[16]
+	mi := &file_farside_v1_node_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1194,7 +1264,7 @@ func (x *ViewAssignment) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ViewAssignment.ProtoReflect.Descriptor instead.
 func (*ViewAssignment) Descriptor() ([]byte, []int) {
-	return file_farside_v1_node_proto_rawDescGZIP(), []int{16}
+	return file_farside_v1_node_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *ViewAssignment) GetViewId() string {
@@ -1262,7 +1332,7 @@ type ReportRequest struct {
 
 func (x *ReportRequest) Reset() {
 	*x = ReportRequest{}
-	mi := &file_farside_v1_node_proto_msgTypes[17]
+	mi := &file_farside_v1_node_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1274,7 +1344,7 @@ func (x *ReportRequest) String() string {
 func (*ReportRequest) ProtoMessage() {}
 
 func (x *ReportRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_farside_v1_node_proto_msgTypes[17]
+	mi := &file_farside_v1_node_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1287,7 +1357,7 @@ func (x *ReportRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportRequest.ProtoReflect.Descriptor instead.
 func (*ReportRequest) Descriptor() ([]byte, []int) {
-	return file_farside_v1_node_proto_rawDescGZIP(), []int{17}
+	return file_farside_v1_node_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *ReportRequest) GetReport() *Report {
@@ -1306,7 +1376,7 @@ type ReportResponse struct {
 
 func (x *ReportResponse) Reset() {
 	*x = ReportResponse{}
-	mi := &file_farside_v1_node_proto_msgTypes[18]
+	mi := &file_farside_v1_node_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1318,7 +1388,7 @@ func (x *ReportResponse) String() string {
 func (*ReportResponse) ProtoMessage() {}
 
 func (x *ReportResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_farside_v1_node_proto_msgTypes[18]
+	mi := &file_farside_v1_node_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1331,7 +1401,7 @@ func (x *ReportResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportResponse.ProtoReflect.Descriptor instead.
 func (*ReportResponse) Descriptor() ([]byte, []int) {
-	return file_farside_v1_node_proto_rawDescGZIP(), []int{18}
+	return file_farside_v1_node_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *ReportResponse) GetServerTimeNs() int64 {
@@ -1363,7 +1433,7 @@ type Report struct {
 
 func (x *Report) Reset() {
 	*x = Report{}
-	mi := &file_farside_v1_node_proto_msgTypes[19]
+	mi := &file_farside_v1_node_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1375,7 +1445,7 @@ func (x *Report) String() string {
 func (*Report) ProtoMessage() {}
 
 func (x *Report) ProtoReflect() protoreflect.Message {
-	mi := &file_farside_v1_node_proto_msgTypes[19]
+	mi := &file_farside_v1_node_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1388,7 +1458,7 @@ func (x *Report) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Report.ProtoReflect.Descriptor instead.
 func (*Report) Descriptor() ([]byte, []int) {
-	return file_farside_v1_node_proto_rawDescGZIP(), []int{19}
+	return file_farside_v1_node_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Report) GetVersion() string {
@@ -1521,7 +1591,7 @@ type AgentReport struct {
 
 func (x *AgentReport) Reset() {
 	*x = AgentReport{}
-	mi := &file_farside_v1_node_proto_msgTypes[20]
+	mi := &file_farside_v1_node_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1533,7 +1603,7 @@ func (x *AgentReport) String() string {
 func (*AgentReport) ProtoMessage() {}
 
 func (x *AgentReport) ProtoReflect() protoreflect.Message {
-	mi := &file_farside_v1_node_proto_msgTypes[20]
+	mi := &file_farside_v1_node_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1546,7 +1616,7 @@ func (x *AgentReport) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentReport.ProtoReflect.Descriptor instead.
 func (*AgentReport) Descriptor() ([]byte, []int) {
-	return file_farside_v1_node_proto_rawDescGZIP(), []int{20}
+	return file_farside_v1_node_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *AgentReport) GetMachineId() string {
@@ -1680,7 +1750,7 @@ type CaptureStatus struct {
 
 func (x *CaptureStatus) Reset() {
 	*x = CaptureStatus{}
-	mi := &file_farside_v1_node_proto_msgTypes[21]
+	mi := &file_farside_v1_node_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1692,7 +1762,7 @@ func (x *CaptureStatus) String() string {
 func (*CaptureStatus) ProtoMessage() {}
 
 func (x *CaptureStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_farside_v1_node_proto_msgTypes[21]
+	mi := &file_farside_v1_node_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1705,7 +1775,7 @@ func (x *CaptureStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CaptureStatus.ProtoReflect.Descriptor instead.
 func (*CaptureStatus) Descriptor() ([]byte, []int) {
-	return file_farside_v1_node_proto_rawDescGZIP(), []int{21}
+	return file_farside_v1_node_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *CaptureStatus) GetDriver() string {
@@ -1750,7 +1820,7 @@ type TagResult struct {
 
 func (x *TagResult) Reset() {
 	*x = TagResult{}
-	mi := &file_farside_v1_node_proto_msgTypes[22]
+	mi := &file_farside_v1_node_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1762,7 +1832,7 @@ func (x *TagResult) String() string {
 func (*TagResult) ProtoMessage() {}
 
 func (x *TagResult) ProtoReflect() protoreflect.Message {
-	mi := &file_farside_v1_node_proto_msgTypes[22]
+	mi := &file_farside_v1_node_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1775,7 +1845,7 @@ func (x *TagResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TagResult.ProtoReflect.Descriptor instead.
 func (*TagResult) Descriptor() ([]byte, []int) {
-	return file_farside_v1_node_proto_rawDescGZIP(), []int{22}
+	return file_farside_v1_node_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *TagResult) GetId() string {
@@ -1825,7 +1895,7 @@ type ProcessServerReport struct {
 
 func (x *ProcessServerReport) Reset() {
 	*x = ProcessServerReport{}
-	mi := &file_farside_v1_node_proto_msgTypes[23]
+	mi := &file_farside_v1_node_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1837,7 +1907,7 @@ func (x *ProcessServerReport) String() string {
 func (*ProcessServerReport) ProtoMessage() {}
 
 func (x *ProcessServerReport) ProtoReflect() protoreflect.Message {
-	mi := &file_farside_v1_node_proto_msgTypes[23]
+	mi := &file_farside_v1_node_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1850,7 +1920,7 @@ func (x *ProcessServerReport) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProcessServerReport.ProtoReflect.Descriptor instead.
 func (*ProcessServerReport) Descriptor() ([]byte, []int) {
-	return file_farside_v1_node_proto_rawDescGZIP(), []int{23}
+	return file_farside_v1_node_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *ProcessServerReport) GetStreams() []*StreamStatus {
@@ -1902,7 +1972,7 @@ type StreamStatus struct {
 
 func (x *StreamStatus) Reset() {
 	*x = StreamStatus{}
-	mi := &file_farside_v1_node_proto_msgTypes[24]
+	mi := &file_farside_v1_node_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1914,7 +1984,7 @@ func (x *StreamStatus) String() string {
 func (*StreamStatus) ProtoMessage() {}
 
 func (x *StreamStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_farside_v1_node_proto_msgTypes[24]
+	mi := &file_farside_v1_node_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1927,7 +1997,7 @@ func (x *StreamStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StreamStatus.ProtoReflect.Descriptor instead.
 func (*StreamStatus) Descriptor() ([]byte, []int) {
-	return file_farside_v1_node_proto_rawDescGZIP(), []int{24}
+	return file_farside_v1_node_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *StreamStatus) GetMachineId() string {
@@ -2033,7 +2103,7 @@ type MasterTargetReport struct {
 
 func (x *MasterTargetReport) Reset() {
 	*x = MasterTargetReport{}
-	mi := &file_farside_v1_node_proto_msgTypes[25]
+	mi := &file_farside_v1_node_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2045,7 +2115,7 @@ func (x *MasterTargetReport) String() string {
 func (*MasterTargetReport) ProtoMessage() {}
 
 func (x *MasterTargetReport) ProtoReflect() protoreflect.Message {
-	mi := &file_farside_v1_node_proto_msgTypes[25]
+	mi := &file_farside_v1_node_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2058,7 +2128,7 @@ func (x *MasterTargetReport) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MasterTargetReport.ProtoReflect.Descriptor instead.
 func (*MasterTargetReport) Descriptor() ([]byte, []int) {
-	return file_farside_v1_node_proto_rawDescGZIP(), []int{25}
+	return file_farside_v1_node_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *MasterTargetReport) GetMachines() []*TargetStatus {
@@ -2113,7 +2183,7 @@ type TargetStatus struct {
 
 func (x *TargetStatus) Reset() {
 	*x = TargetStatus{}
-	mi := &file_farside_v1_node_proto_msgTypes[26]
+	mi := &file_farside_v1_node_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2125,7 +2195,7 @@ func (x *TargetStatus) String() string {
 func (*TargetStatus) ProtoMessage() {}
 
 func (x *TargetStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_farside_v1_node_proto_msgTypes[26]
+	mi := &file_farside_v1_node_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2138,7 +2208,7 @@ func (x *TargetStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TargetStatus.ProtoReflect.Descriptor instead.
 func (*TargetStatus) Descriptor() ([]byte, []int) {
-	return file_farside_v1_node_proto_rawDescGZIP(), []int{26}
+	return file_farside_v1_node_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *TargetStatus) GetMachineId() string {
@@ -2273,7 +2343,7 @@ type ViewStatus struct {
 
 func (x *ViewStatus) Reset() {
 	*x = ViewStatus{}
-	mi := &file_farside_v1_node_proto_msgTypes[27]
+	mi := &file_farside_v1_node_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2285,7 +2355,7 @@ func (x *ViewStatus) String() string {
 func (*ViewStatus) ProtoMessage() {}
 
 func (x *ViewStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_farside_v1_node_proto_msgTypes[27]
+	mi := &file_farside_v1_node_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2298,7 +2368,7 @@ func (x *ViewStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ViewStatus.ProtoReflect.Descriptor instead.
 func (*ViewStatus) Descriptor() ([]byte, []int) {
-	return file_farside_v1_node_proto_rawDescGZIP(), []int{27}
+	return file_farside_v1_node_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *ViewStatus) GetViewId() string {
@@ -2442,13 +2512,21 @@ const file_farside_v1_node_proto_rawDesc = "" +
 	"\x05disks\x18\x04 \x03(\v2\x10.farside.v1.DiskR\x05disks\x127\n" +
 	"\x0eprocess_server\x18\x05 \x01(\v2\x10.farside.v1.PeerR\rprocessServer\x12*\n" +
 	"\x04tags\x18\x06 \x03(\v2\x16.farside.v1.TagRequestR\x04tags\x125\n" +
-	"\bsettings\x18\a \x01(\v2\x19.farside.v1.AgentSettingsR\bsettings\"\xa1\x01\n" +
+	"\bsettings\x18\a \x01(\v2\x19.farside.v1.AgentSettingsR\bsettings\"\xd4\x01\n" +
 	"\rAgentSettings\x12'\n" +
 	"\x05codec\x18\x01 \x01(\x0e2\x11.farside.v1.CodecR\x05codec\x12\x1d\n" +
 	"\n" +
 	"ring_bytes\x18\x02 \x01(\x03R\tringBytes\x12!\n" +
 	"\fmemory_bytes\x18\x03 \x01(\x03R\vmemoryBytes\x12%\n" +
-	"\x0ecapture_driver\x18\x04 \x01(\tR\rcaptureDriver\"\xa7\x01\n" +
+	"\x0ecapture_driver\x18\x04 \x01(\tR\rcaptureDriver\x121\n" +
+	"\x06points\x18\x05 \x01(\v2\x19.farside.v1.PointScheduleR\x06points\"\xed\x01\n" +
+	"\rPointSchedule\x123\n" +
+	"\x13filesystem_every_ms\x18\x01 \x01(\x03H\x00R\x11filesystemEveryMs\x88\x01\x01\x125\n" +
+	"\x14application_every_ms\x18\x02 \x01(\x03H\x01R\x12applicationEveryMs\x88\x01\x01\x12+\n" +
+	"\x0ffreeze_limit_ms\x18\x03 \x01(\x03H\x02R\rfreezeLimitMs\x88\x01\x01B\x16\n" +
+	"\x14_filesystem_every_msB\x17\n" +
+	"\x15_application_every_msB\x12\n" +
+	"\x10_freeze_limit_ms\"\xa7\x01\n" +
 	"\n" +
 	"TagRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
@@ -2630,7 +2708,7 @@ func file_farside_v1_node_proto_rawDescGZIP() []byte {
 	return file_farside_v1_node_proto_rawDescData
 }
 
-var file_farside_v1_node_proto_msgTypes = make([]protoimpl.MessageInfo, 28)
+var file_farside_v1_node_proto_msgTypes = make([]protoimpl.MessageInfo, 29)
 var file_farside_v1_node_proto_goTypes = []any{
 	(*JoinRequest)(nil),             // 0: farside.v1.JoinRequest
 	(*JoinResponse)(nil),            // 1: farside.v1.JoinResponse
@@ -2642,114 +2720,116 @@ var file_farside_v1_node_proto_goTypes = []any{
 	(*Peer)(nil),                    // 7: farside.v1.Peer
 	(*AgentAssignment)(nil),         // 8: farside.v1.AgentAssignment
 	(*AgentSettings)(nil),           // 9: farside.v1.AgentSettings
-	(*TagRequest)(nil),              // 10: farside.v1.TagRequest
-	(*ProcessServerAssignment)(nil), // 11: farside.v1.ProcessServerAssignment
-	(*Stream)(nil),                  // 12: farside.v1.Stream
-	(*SpoolLimits)(nil),             // 13: farside.v1.SpoolLimits
-	(*MasterTargetAssignment)(nil),  // 14: farside.v1.MasterTargetAssignment
-	(*TargetMachine)(nil),           // 15: farside.v1.TargetMachine
-	(*ViewAssignment)(nil),          // 16: farside.v1.ViewAssignment
-	(*ReportRequest)(nil),           // 17: farside.v1.ReportRequest
-	(*ReportResponse)(nil),          // 18: farside.v1.ReportResponse
-	(*Report)(nil),                  // 19: farside.v1.Report
-	(*AgentReport)(nil),             // 20: farside.v1.AgentReport
-	(*CaptureStatus)(nil),           // 21: farside.v1.CaptureStatus
-	(*TagResult)(nil),               // 22: farside.v1.TagResult
-	(*ProcessServerReport)(nil),     // 23: farside.v1.ProcessServerReport
-	(*StreamStatus)(nil),            // 24: farside.v1.StreamStatus
-	(*MasterTargetReport)(nil),      // 25: farside.v1.MasterTargetReport
-	(*TargetStatus)(nil),            // 26: farside.v1.TargetStatus
-	(*ViewStatus)(nil),              // 27: farside.v1.ViewStatus
-	(Role)(0),                       // 28: farside.v1.Role
-	(*HostInfo)(nil),                // 29: farside.v1.HostInfo
-	(*Disk)(nil),                    // 30: farside.v1.Disk
-	(Codec)(0),                      // 31: farside.v1.Codec
-	(Consistency)(0),                // 32: farside.v1.Consistency
-	(*Selector)(nil),                // 33: farside.v1.Selector
-	(*Position)(nil),                // 34: farside.v1.Position
-	(*Notice)(nil),                  // 35: farside.v1.Notice
-	(Phase)(0),                      // 36: farside.v1.Phase
-	(*Progress)(nil),                // 37: farside.v1.Progress
-	(*Rpo)(nil),                     // 38: farside.v1.Rpo
-	(*DiskStatus)(nil),              // 39: farside.v1.DiskStatus
-	(*DiscoveredDisk)(nil),          // 40: farside.v1.DiscoveredDisk
-	(*Counters)(nil),                // 41: farside.v1.Counters
-	(*Point)(nil),                   // 42: farside.v1.Point
-	(*Span)(nil),                    // 43: farside.v1.Span
-	(*TagPoint)(nil),                // 44: farside.v1.TagPoint
-	(ViewState)(0),                  // 45: farside.v1.ViewState
-	(*Export)(nil),                  // 46: farside.v1.Export
+	(*PointSchedule)(nil),           // 10: farside.v1.PointSchedule
+	(*TagRequest)(nil),              // 11: farside.v1.TagRequest
+	(*ProcessServerAssignment)(nil), // 12: farside.v1.ProcessServerAssignment
+	(*Stream)(nil),                  // 13: farside.v1.Stream
+	(*SpoolLimits)(nil),             // 14: farside.v1.SpoolLimits
+	(*MasterTargetAssignment)(nil),  // 15: farside.v1.MasterTargetAssignment
+	(*TargetMachine)(nil),           // 16: farside.v1.TargetMachine
+	(*ViewAssignment)(nil),          // 17: farside.v1.ViewAssignment
+	(*ReportRequest)(nil),           // 18: farside.v1.ReportRequest
+	(*ReportResponse)(nil),          // 19: farside.v1.ReportResponse
+	(*Report)(nil),                  // 20: farside.v1.Report
+	(*AgentReport)(nil),             // 21: farside.v1.AgentReport
+	(*CaptureStatus)(nil),           // 22: farside.v1.CaptureStatus
+	(*TagResult)(nil),               // 23: farside.v1.TagResult
+	(*ProcessServerReport)(nil),     // 24: farside.v1.ProcessServerReport
+	(*StreamStatus)(nil),            // 25: farside.v1.StreamStatus
+	(*MasterTargetReport)(nil),      // 26: farside.v1.MasterTargetReport
+	(*TargetStatus)(nil),            // 27: farside.v1.TargetStatus
+	(*ViewStatus)(nil),              // 28: farside.v1.ViewStatus
+	(Role)(0),                       // 29: farside.v1.Role
+	(*HostInfo)(nil),                // 30: farside.v1.HostInfo
+	(*Disk)(nil),                    // 31: farside.v1.Disk
+	(Codec)(0),                      // 32: farside.v1.Codec
+	(Consistency)(0),                // 33: farside.v1.Consistency
+	(*Selector)(nil),                // 34: farside.v1.Selector
+	(*Position)(nil),                // 35: farside.v1.Position
+	(*Notice)(nil),                  // 36: farside.v1.Notice
+	(Phase)(0),                      // 37: farside.v1.Phase
+	(*Progress)(nil),                // 38: farside.v1.Progress
+	(*Rpo)(nil),                     // 39: farside.v1.Rpo
+	(*DiskStatus)(nil),              // 40: farside.v1.DiskStatus
+	(*DiscoveredDisk)(nil),          // 41: farside.v1.DiscoveredDisk
+	(*Counters)(nil),                // 42: farside.v1.Counters
+	(*Point)(nil),                   // 43: farside.v1.Point
+	(*Span)(nil),                    // 44: farside.v1.Span
+	(*TagPoint)(nil),                // 45: farside.v1.TagPoint
+	(ViewState)(0),                  // 46: farside.v1.ViewState
+	(*Export)(nil),                  // 47: farside.v1.Export
 }
 var file_farside_v1_node_proto_depIdxs = []int32{
-	28, // 0: farside.v1.JoinRequest.role:type_name -> farside.v1.Role
-	29, // 1: farside.v1.JoinRequest.host:type_name -> farside.v1.HostInfo
+	29, // 0: farside.v1.JoinRequest.role:type_name -> farside.v1.Role
+	30, // 1: farside.v1.JoinRequest.host:type_name -> farside.v1.HostInfo
 	6,  // 2: farside.v1.WatchResponse.assignment:type_name -> farside.v1.Assignment
-	28, // 3: farside.v1.Assignment.role:type_name -> farside.v1.Role
+	29, // 3: farside.v1.Assignment.role:type_name -> farside.v1.Role
 	8,  // 4: farside.v1.Assignment.agent:type_name -> farside.v1.AgentAssignment
-	11, // 5: farside.v1.Assignment.process_server:type_name -> farside.v1.ProcessServerAssignment
-	14, // 6: farside.v1.Assignment.master_target:type_name -> farside.v1.MasterTargetAssignment
-	30, // 7: farside.v1.AgentAssignment.disks:type_name -> farside.v1.Disk
+	12, // 5: farside.v1.Assignment.process_server:type_name -> farside.v1.ProcessServerAssignment
+	15, // 6: farside.v1.Assignment.master_target:type_name -> farside.v1.MasterTargetAssignment
+	31, // 7: farside.v1.AgentAssignment.disks:type_name -> farside.v1.Disk
 	7,  // 8: farside.v1.AgentAssignment.process_server:type_name -> farside.v1.Peer
-	10, // 9: farside.v1.AgentAssignment.tags:type_name -> farside.v1.TagRequest
+	11, // 9: farside.v1.AgentAssignment.tags:type_name -> farside.v1.TagRequest
 	9,  // 10: farside.v1.AgentAssignment.settings:type_name -> farside.v1.AgentSettings
-	31, // 11: farside.v1.AgentSettings.codec:type_name -> farside.v1.Codec
-	32, // 12: farside.v1.TagRequest.consistency:type_name -> farside.v1.Consistency
-	12, // 13: farside.v1.ProcessServerAssignment.streams:type_name -> farside.v1.Stream
-	13, // 14: farside.v1.ProcessServerAssignment.limits:type_name -> farside.v1.SpoolLimits
-	7,  // 15: farside.v1.Stream.master_target:type_name -> farside.v1.Peer
-	31, // 16: farside.v1.Stream.codec:type_name -> farside.v1.Codec
-	15, // 17: farside.v1.MasterTargetAssignment.machines:type_name -> farside.v1.TargetMachine
-	16, // 18: farside.v1.MasterTargetAssignment.views:type_name -> farside.v1.ViewAssignment
-	30, // 19: farside.v1.TargetMachine.disks:type_name -> farside.v1.Disk
-	33, // 20: farside.v1.ViewAssignment.selector:type_name -> farside.v1.Selector
-	34, // 21: farside.v1.ViewAssignment.resolved:type_name -> farside.v1.Position
-	19, // 22: farside.v1.ReportRequest.report:type_name -> farside.v1.Report
-	29, // 23: farside.v1.Report.host:type_name -> farside.v1.HostInfo
-	35, // 24: farside.v1.Report.notices:type_name -> farside.v1.Notice
-	20, // 25: farside.v1.Report.agent:type_name -> farside.v1.AgentReport
-	23, // 26: farside.v1.Report.process_server:type_name -> farside.v1.ProcessServerReport
-	25, // 27: farside.v1.Report.master_target:type_name -> farside.v1.MasterTargetReport
-	36, // 28: farside.v1.AgentReport.phase:type_name -> farside.v1.Phase
-	37, // 29: farside.v1.AgentReport.progress:type_name -> farside.v1.Progress
-	38, // 30: farside.v1.AgentReport.rpo:type_name -> farside.v1.Rpo
-	39, // 31: farside.v1.AgentReport.disks:type_name -> farside.v1.DiskStatus
-	40, // 32: farside.v1.AgentReport.discovered:type_name -> farside.v1.DiscoveredDisk
-	41, // 33: farside.v1.AgentReport.counters:type_name -> farside.v1.Counters
-	34, // 34: farside.v1.AgentReport.built:type_name -> farside.v1.Position
-	34, // 35: farside.v1.AgentReport.stored:type_name -> farside.v1.Position
-	34, // 36: farside.v1.AgentReport.durable:type_name -> farside.v1.Position
-	21, // 37: farside.v1.AgentReport.capture:type_name -> farside.v1.CaptureStatus
-	22, // 38: farside.v1.AgentReport.tags:type_name -> farside.v1.TagResult
-	35, // 39: farside.v1.AgentReport.events:type_name -> farside.v1.Notice
-	34, // 40: farside.v1.TagResult.position:type_name -> farside.v1.Position
-	32, // 41: farside.v1.TagResult.consistency:type_name -> farside.v1.Consistency
-	24, // 42: farside.v1.ProcessServerReport.streams:type_name -> farside.v1.StreamStatus
-	34, // 43: farside.v1.StreamStatus.stored:type_name -> farside.v1.Position
-	34, // 44: farside.v1.StreamStatus.durable:type_name -> farside.v1.Position
-	26, // 45: farside.v1.MasterTargetReport.machines:type_name -> farside.v1.TargetStatus
-	27, // 46: farside.v1.MasterTargetReport.views:type_name -> farside.v1.ViewStatus
-	34, // 47: farside.v1.TargetStatus.head:type_name -> farside.v1.Position
-	42, // 48: farside.v1.TargetStatus.newest:type_name -> farside.v1.Point
-	34, // 49: farside.v1.TargetStatus.horizon:type_name -> farside.v1.Position
-	43, // 50: farside.v1.TargetStatus.spans:type_name -> farside.v1.Span
-	44, // 51: farside.v1.TargetStatus.tags:type_name -> farside.v1.TagPoint
-	30, // 52: farside.v1.TargetStatus.disks:type_name -> farside.v1.Disk
-	45, // 53: farside.v1.ViewStatus.state:type_name -> farside.v1.ViewState
-	34, // 54: farside.v1.ViewStatus.position:type_name -> farside.v1.Position
-	46, // 55: farside.v1.ViewStatus.exports:type_name -> farside.v1.Export
-	0,  // 56: farside.v1.NodeService.Join:input_type -> farside.v1.JoinRequest
-	2,  // 57: farside.v1.NodeService.Renew:input_type -> farside.v1.RenewRequest
-	4,  // 58: farside.v1.NodeService.Watch:input_type -> farside.v1.WatchRequest
-	17, // 59: farside.v1.NodeService.Report:input_type -> farside.v1.ReportRequest
-	1,  // 60: farside.v1.NodeService.Join:output_type -> farside.v1.JoinResponse
-	3,  // 61: farside.v1.NodeService.Renew:output_type -> farside.v1.RenewResponse
-	5,  // 62: farside.v1.NodeService.Watch:output_type -> farside.v1.WatchResponse
-	18, // 63: farside.v1.NodeService.Report:output_type -> farside.v1.ReportResponse
-	60, // [60:64] is the sub-list for method output_type
-	56, // [56:60] is the sub-list for method input_type
-	56, // [56:56] is the sub-list for extension type_name
-	56, // [56:56] is the sub-list for extension extendee
-	0,  // [0:56] is the sub-list for field type_name
+	32, // 11: farside.v1.AgentSettings.codec:type_name -> farside.v1.Codec
+	10, // 12: farside.v1.AgentSettings.points:type_name -> farside.v1.PointSchedule
+	33, // 13: farside.v1.TagRequest.consistency:type_name -> farside.v1.Consistency
+	13, // 14: farside.v1.ProcessServerAssignment.streams:type_name -> farside.v1.Stream
+	14, // 15: farside.v1.ProcessServerAssignment.limits:type_name -> farside.v1.SpoolLimits
+	7,  // 16: farside.v1.Stream.master_target:type_name -> farside.v1.Peer
+	32, // 17: farside.v1.Stream.codec:type_name -> farside.v1.Codec
+	16, // 18: farside.v1.MasterTargetAssignment.machines:type_name -> farside.v1.TargetMachine
+	17, // 19: farside.v1.MasterTargetAssignment.views:type_name -> farside.v1.ViewAssignment
+	31, // 20: farside.v1.TargetMachine.disks:type_name -> farside.v1.Disk
+	34, // 21: farside.v1.ViewAssignment.selector:type_name -> farside.v1.Selector
+	35, // 22: farside.v1.ViewAssignment.resolved:type_name -> farside.v1.Position
+	20, // 23: farside.v1.ReportRequest.report:type_name -> farside.v1.Report
+	30, // 24: farside.v1.Report.host:type_name -> farside.v1.HostInfo
+	36, // 25: farside.v1.Report.notices:type_name -> farside.v1.Notice
+	21, // 26: farside.v1.Report.agent:type_name -> farside.v1.AgentReport
+	24, // 27: farside.v1.Report.process_server:type_name -> farside.v1.ProcessServerReport
+	26, // 28: farside.v1.Report.master_target:type_name -> farside.v1.MasterTargetReport
+	37, // 29: farside.v1.AgentReport.phase:type_name -> farside.v1.Phase
+	38, // 30: farside.v1.AgentReport.progress:type_name -> farside.v1.Progress
+	39, // 31: farside.v1.AgentReport.rpo:type_name -> farside.v1.Rpo
+	40, // 32: farside.v1.AgentReport.disks:type_name -> farside.v1.DiskStatus
+	41, // 33: farside.v1.AgentReport.discovered:type_name -> farside.v1.DiscoveredDisk
+	42, // 34: farside.v1.AgentReport.counters:type_name -> farside.v1.Counters
+	35, // 35: farside.v1.AgentReport.built:type_name -> farside.v1.Position
+	35, // 36: farside.v1.AgentReport.stored:type_name -> farside.v1.Position
+	35, // 37: farside.v1.AgentReport.durable:type_name -> farside.v1.Position
+	22, // 38: farside.v1.AgentReport.capture:type_name -> farside.v1.CaptureStatus
+	23, // 39: farside.v1.AgentReport.tags:type_name -> farside.v1.TagResult
+	36, // 40: farside.v1.AgentReport.events:type_name -> farside.v1.Notice
+	35, // 41: farside.v1.TagResult.position:type_name -> farside.v1.Position
+	33, // 42: farside.v1.TagResult.consistency:type_name -> farside.v1.Consistency
+	25, // 43: farside.v1.ProcessServerReport.streams:type_name -> farside.v1.StreamStatus
+	35, // 44: farside.v1.StreamStatus.stored:type_name -> farside.v1.Position
+	35, // 45: farside.v1.StreamStatus.durable:type_name -> farside.v1.Position
+	27, // 46: farside.v1.MasterTargetReport.machines:type_name -> farside.v1.TargetStatus
+	28, // 47: farside.v1.MasterTargetReport.views:type_name -> farside.v1.ViewStatus
+	35, // 48: farside.v1.TargetStatus.head:type_name -> farside.v1.Position
+	43, // 49: farside.v1.TargetStatus.newest:type_name -> farside.v1.Point
+	35, // 50: farside.v1.TargetStatus.horizon:type_name -> farside.v1.Position
+	44, // 51: farside.v1.TargetStatus.spans:type_name -> farside.v1.Span
+	45, // 52: farside.v1.TargetStatus.tags:type_name -> farside.v1.TagPoint
+	31, // 53: farside.v1.TargetStatus.disks:type_name -> farside.v1.Disk
+	46, // 54: farside.v1.ViewStatus.state:type_name -> farside.v1.ViewState
+	35, // 55: farside.v1.ViewStatus.position:type_name -> farside.v1.Position
+	47, // 56: farside.v1.ViewStatus.exports:type_name -> farside.v1.Export
+	0,  // 57: farside.v1.NodeService.Join:input_type -> farside.v1.JoinRequest
+	2,  // 58: farside.v1.NodeService.Renew:input_type -> farside.v1.RenewRequest
+	4,  // 59: farside.v1.NodeService.Watch:input_type -> farside.v1.WatchRequest
+	18, // 60: farside.v1.NodeService.Report:input_type -> farside.v1.ReportRequest
+	1,  // 61: farside.v1.NodeService.Join:output_type -> farside.v1.JoinResponse
+	3,  // 62: farside.v1.NodeService.Renew:output_type -> farside.v1.RenewResponse
+	5,  // 63: farside.v1.NodeService.Watch:output_type -> farside.v1.WatchResponse
+	19, // 64: farside.v1.NodeService.Report:output_type -> farside.v1.ReportResponse
+	61, // [61:65] is the sub-list for method output_type
+	57, // [57:61] is the sub-list for method input_type
+	57, // [57:57] is the sub-list for extension type_name
+	57, // [57:57] is the sub-list for extension extendee
+	0,  // [0:57] is the sub-list for field type_name
 }
 
 func init() { file_farside_v1_node_proto_init() }
@@ -2763,7 +2843,8 @@ func file_farside_v1_node_proto_init() {
 		(*Assignment_ProcessServer)(nil),
 		(*Assignment_MasterTarget)(nil),
 	}
-	file_farside_v1_node_proto_msgTypes[19].OneofWrappers = []any{
+	file_farside_v1_node_proto_msgTypes[10].OneofWrappers = []any{}
+	file_farside_v1_node_proto_msgTypes[20].OneofWrappers = []any{
 		(*Report_Agent)(nil),
 		(*Report_ProcessServer)(nil),
 		(*Report_MasterTarget)(nil),
@@ -2774,7 +2855,7 @@ func file_farside_v1_node_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_farside_v1_node_proto_rawDesc), len(file_farside_v1_node_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   28,
+			NumMessages:   29,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

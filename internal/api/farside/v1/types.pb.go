@@ -865,6 +865,7 @@ type TagPoint struct {
 	GroupId       string                 `protobuf:"bytes,4,opt,name=group_id,json=groupId,proto3" json:"group_id,omitempty"` // of the group tag that it is part of, or ""
 	Position      *Position              `protobuf:"bytes,5,opt,name=position,proto3" json:"position,omitempty"`
 	TimeNs        int64                  `protobuf:"varint,6,opt,name=time_ns,json=timeNs,proto3" json:"time_ns,omitempty"`
+	Detail        string                 `protobuf:"bytes,7,opt,name=detail,proto3" json:"detail,omitempty"` // why a point that was just made is not as consistent as was asked; not kept in the history
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -939,6 +940,13 @@ func (x *TagPoint) GetTimeNs() int64 {
 		return x.TimeNs
 	}
 	return 0
+}
+
+func (x *TagPoint) GetDetail() string {
+	if x != nil {
+		return x.Detail
+	}
+	return ""
 }
 
 // Selector names a point of a machine's history.
@@ -1677,14 +1685,15 @@ const file_farside_v1_types_proto_rawDesc = "" +
 	"\rfirst_time_ns\x18\x04 \x01(\x03R\vfirstTimeNs\x12 \n" +
 	"\flast_time_ns\x18\x05 \x01(\x03R\n" +
 	"lastTimeNs\x12\x12\n" +
-	"\x04open\x18\x06 \x01(\bR\x04open\"\xcf\x01\n" +
+	"\x04open\x18\x06 \x01(\bR\x04open\"\xe7\x01\n" +
 	"\bTagPoint\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x129\n" +
 	"\vconsistency\x18\x03 \x01(\x0e2\x17.farside.v1.ConsistencyR\vconsistency\x12\x19\n" +
 	"\bgroup_id\x18\x04 \x01(\tR\agroupId\x120\n" +
 	"\bposition\x18\x05 \x01(\v2\x14.farside.v1.PositionR\bposition\x12\x17\n" +
-	"\atime_ns\x18\x06 \x01(\x03R\x06timeNs\"\x90\x01\n" +
+	"\atime_ns\x18\x06 \x01(\x03R\x06timeNs\x12\x16\n" +
+	"\x06detail\x18\a \x01(\tR\x06detail\"\x90\x01\n" +
 	"\bSelector\x12\x18\n" +
 	"\x06latest\x18\x01 \x01(\bH\x00R\x06latest\x122\n" +
 	"\bposition\x18\x02 \x01(\v2\x14.farside.v1.PositionH\x00R\bposition\x12\x19\n" +
