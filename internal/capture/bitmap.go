@@ -102,27 +102,44 @@ func (b *Bitmap) set(d *bitmapDisk, lo, hi int64) {
 
 // Take removes and returns ranges of at most limit bytes (but at least one block
 // if there is one), going round from where the last Take ended.
-func (b *Bitmap) Take(limit int64) []dr.Extent {
+func (b *Bitmap) Take(limit int64) []dr.Extent { return b.TakeNoted(limit, nil) }
+
+// TakeNoted is Take, but calls note, unless it is nil or there is nothing to take, with
+// what will be returned before it is removed. note must not call b's methods that take.
+func (b *Bitmap) TakeNoted(limit int64, note func([]dr.Extent)) []dr.Extent {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	var t taker
+	t, next := b.peek(limit)
+	if note != nil && len(t.out) > 0 {
+		note(t.out)
+	}
+	for _, p := range t.parts {
+		// Nobody else clears. Cleared here, read by the caller later: a change in
+		// between sets it again.
+		atomic.AndUint64(&b.words[p.word], ^p.set)
+	}
+	b.mu.next = next
+	return t.out
+}
+
+// peek finds what a Take takes, and where the next one begins.
+func (b *Bitmap) peek(limit int64) (t taker, next int) {
 	blocks := max(limit/b.block, 1)
-	for start, i := b.mu.next, 0; i < len(b.words) && blocks > 0; i++ {
+	next = b.mu.next
+	for start, i := next, 0; i < len(b.words) && blocks > 0; i++ {
 		w := (start + i) % len(b.words)
 		old := atomic.LoadUint64(&b.words[w])
 		want := lowest(old, blocks)
-		b.mu.next = w
+		next = w
 		if want == old {
-			b.mu.next = w + 1
+			next = w + 1
 		}
 		if want != 0 {
-			// Cleared here, read by the caller later: a change in between sets it again.
-			want &= atomic.AndUint64(&b.words[w], ^want)
 			blocks -= int64(bits.OnesCount64(want))
 			t.word(b, w, want)
 		}
 	}
-	return t.out
+	return t, next
 }
 
 // lowest returns the n lowest bits that are set in w.
@@ -136,11 +153,20 @@ func lowest(w uint64, n int64) uint64 {
 	return w
 }
 
-// taker collects the ranges of a Take.
-type taker struct{ out []dr.Extent }
+// taker collects the ranges of a Take, and the bits of which they are made.
+type taker struct {
+	out   []dr.Extent
+	parts []takenBits
+}
+
+type takenBits struct {
+	word int
+	set  uint64
+}
 
 func (t *taker) word(b *Bitmap, w int, set uint64) {
 	d := b.diskOf(w)
+	t.parts = append(t.parts, takenBits{w, set})
 	for set != 0 {
 		lo := bits.TrailingZeros64(set)
 		n := bits.TrailingZeros64(^(set >> lo))

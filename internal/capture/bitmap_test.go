@@ -44,6 +44,37 @@ func TestBitmapRanges(t *testing.T) {
 	}
 }
 
+// TestBitmapNoted: what is noted is in the set still, and what is marked meanwhile in
+// the same word stays.
+func TestBitmapNoted(t *testing.T) {
+	b, err := NewBitmap([]Disk{{ID: 1, Size: 1 << 20}}, 4096, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if b.TakeNoted(1<<20, func([]dr.Extent) { t.Error("noted nothing") }) != nil {
+		t.Error("took something of nothing")
+	}
+	mark := func(off int64) {
+		if err := b.Mark(dr.Extent{Disk: 1, Offset: off, Length: 1}); err != nil {
+			t.Error(err)
+		}
+	}
+	mark(4096)
+	mark(8 * 4096)
+	var noted []dr.Extent
+	got := b.TakeNoted(2*4096, func(xs []dr.Extent) {
+		noted = append(noted, xs...)
+		if n := b.Dirty(); n != 2*4096 {
+			t.Errorf("%d bytes dirty while noted", n)
+		}
+		mark(2 * 4096)
+	})
+	want := []dr.Extent{{Disk: 1, Offset: 4096, Length: 4096}, {Disk: 1, Offset: 8 * 4096, Length: 4096}}
+	if !reflect.DeepEqual(got, want) || !reflect.DeepEqual(noted, want) || b.Dirty() != 4096 {
+		t.Errorf("took %v, noted %v, %d bytes left", got, noted, b.Dirty())
+	}
+}
+
 func TestBitmapRefuses(t *testing.T) {
 	for _, block := range []int64{0, 256, 4095, 12288} {
 		if _, err := NewBitmap(nil, block, nil); !errors.Is(err, dr.ErrInvalid) {

@@ -3,8 +3,8 @@
 // goes on working.
 //
 // Main types: Source (what a driver implements: a Stream of Events, a DirtySet
-// and reads of the disk below the capture), Event, Stats, and Bitmap, the dirty
-// set that drivers share. The drivers are in the packages below this one (ebpf,
+// and reads of the disk below the capture), Survivor (a Source that goes on when the
+// process ends), Event, Stats, and Bitmap, the dirty set that drivers share. The drivers are in the packages below this one (ebpf,
 // tap); capturetest holds their conformance suite and an in-memory Source.
 //
 // The package builds no frames, keeps no history and knows no network: what is
@@ -197,6 +197,11 @@ type Stats struct {
 
 	RingUsed int64 // bytes of buffer in use
 	RingSize int64 // bytes of buffer
+
+	// Detached says that the capture no longer sees every change, because somebody took
+	// (some of) it out of the kernel or the disk is another one. It never becomes
+	// false again: open a new Source and compare.
+	Detached bool
 
 	Missed          uint64 // occasions on which the kernel did not run the capture: any is a reason to compare
 	LostCompletions uint64 // completions that never came; their ranges were marked again

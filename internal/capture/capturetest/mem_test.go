@@ -24,14 +24,14 @@ func TestMemConformance(t *testing.T) {
 		}
 		target := &Target{Source: m}
 		for _, d := range disks {
-			target.Devices = append(target.Devices, memDevice{m, d})
+			target.Devices = append(target.Devices, memDevice{m.Kernel, d})
 		}
 		return target
 	})
 }
 
 type memDevice struct {
-	m *Mem
+	m *Kernel
 	d capture.Disk
 }
 

@@ -39,6 +39,10 @@ func (o *Oracle) Sync() {
 	o.log, o.next, o.part = o.log[:0], 0, 0
 }
 
+// Again takes back n of the writes that were handed over: they come once more. The
+// images are right again when the stream has passed where it was.
+func (o *Oracle) Again(n int) { o.next, o.part = o.next-n, 0 }
+
 // Due returns how many writes the stream still owes.
 func (o *Oracle) Due() int { return len(o.log) - o.next }
 

@@ -51,11 +51,31 @@ func (r *Replicator) clearWritten() {
 // MarkAll begins an initial replication.
 func (r *Replicator) MarkAll() error {
 	for _, d := range r.src.Disks() {
-		if err := r.src.Mark(dr.Extent{Disk: d.ID, Length: d.Size}); err != nil {
+		if err := r.MarkDisk(d.ID); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// MarkDisk begins the initial replication of a disk.
+func (r *Replicator) MarkDisk(id dr.DiskID) error {
+	return r.src.Mark(dr.Extent{Disk: id, Length: int64(len(r.replica[id]))})
+}
+
+// Adopt goes on with src, which goes on with what the last Source left; copies of new
+// disks are empty. What was taken as dirty has been applied.
+func (r *Replicator) Adopt(src capture.Source) {
+	r.src = src
+	for _, d := range src.Disks() {
+		if r.replica[d.ID] == nil {
+			r.replica[d.ID] = make([]byte, d.Size)
+		}
+	}
+	if r.open {
+		src.Overflow() // what was captured may be on its way to the disk
+	}
+	r.clearWritten()
 }
 
 // Exact reports whether the copy stands at an exact position.

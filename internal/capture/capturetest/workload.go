@@ -8,7 +8,7 @@ import (
 	"farside/internal/dr"
 )
 
-// Workload makes seeded changes on a Mem: writes of all sizes that stay on their
+// Workload makes seeded changes on a Kernel: writes of all sizes that stay on their
 // way to the disk for a while and land out of order, zeroes, discards, flushes.
 // Like a file system it never has two changes of one sector on the way at once.
 type Workload struct {
