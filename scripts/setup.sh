@@ -22,6 +22,7 @@ python3-libnbd|/usr/lib/python3/dist-packages/nbd.py|nbdsh judges the NBD server
 qemu-utils|qemu-img|qemu-img and qemu-io judge the NBD server
 qemu-block-extra|/usr/share/doc/qemu-block-extra|lets QEMU speak to NBD over TLS
 sqlite3|sqlite3|judges recovered databases
+postgresql|/usr/lib/postgresql|is started on recovered disks, and judges them
 jq|jq|reads the answers of benchmarks and of the demo
 '
 ci_packages='

@@ -47,12 +47,13 @@ func (l *Loop) Format(fs string) error {
 	return err
 }
 
-// Mount mounts the device at dir, which it makes; unmount undoes that.
-func (l *Loop) Mount(dir string) (unmount func() error, err error) {
+// Mount mounts the device at dir, which it makes, with further arguments of mount;
+// unmount undoes that.
+func (l *Loop) Mount(dir string, args ...string) (unmount func() error, err error) {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return nil, err
 	}
-	if _, err := run("mount", l.Device, dir); err != nil {
+	if _, err := run("mount", append(args, l.Device, dir)...); err != nil {
 		return nil, err
 	}
 	return func() error {
@@ -81,25 +82,51 @@ func Freeze(dir string) (thaw func() error, err error) {
 	}, nil
 }
 
-// CheckImage judges a recovered ext4 image as an administrator would: mount it
-// (which replays the journal), check the load's database, unmount, and run
-// e2fsck -fn. It returns the highest row of the database.
-func CheckImage(ctx context.Context, image, dir string) (row int64, err error) {
+// checks are the read-only judgements of file systems, each to be given the device.
+var checks = map[string][]string{"ext4": {"e2fsck", "-fn"}, "xfs": {"xfs_repair", "-n"}, "btrfs": {"btrfs", "check", "--readonly"}}
+
+// Checkers returns the programs that CheckImage needs for a kind of file system.
+func Checkers(fs string) []string { return checks[fs][:1] }
+
+// CheckImage judges a recovered image of a file system as an administrator
+// would: mount it (which replays the journal), check the load's database, unmount,
+// and run the file system's own check without repairing. It returns the highest row of the
+// database. The original must not be mounted if it is a btrfs.
+func CheckImage(ctx context.Context, fs, image, dir string) (row int64, err error) {
+	err = WithImage(fs, image, dir, func() error {
+		row, err = CheckDatabase(ctx, dir)
+		return err
+	})
+	return row, err
+}
+
+// WithImage mounts the image at dir, calls use, unmounts it, and checks the file
+// system.
+func WithImage(fs, image, dir string, use func() error) (err error) {
+	var options []string
+	switch fs {
+	case "xfs":
+		options = []string{"-o", "nouuid"} // the original may be mounted
+	case "btrfs": // the kernel remembers devices of this identity, perhaps in a newer state
+		if _, err := run("btrfs", "device", "scan", "--forget"); err != nil {
+			return err
+		}
+	}
 	l, err := NewLoop(image, 0)
 	if err != nil {
-		return 0, err
+		return err
 	}
 	defer func() { err = errors.Join(err, l.Close()) }()
-	unmount, err := l.Mount(dir)
+	unmount, err := l.Mount(dir, options...)
 	if err != nil {
-		return 0, err
+		return err
 	}
-	row, err = CheckDatabase(ctx, dir)
-	if err := errors.Join(err, unmount()); err != nil {
-		return row, err
+	if err := errors.Join(use(), unmount()); err != nil {
+		return err
 	}
-	_, err = run("e2fsck", "-fn", l.Device)
-	return row, err
+	check := checks[fs]
+	_, err = run(check[0], append(check[1:len(check):len(check)], l.Device)...)
+	return err
 }
 
 func run(name string, args ...string) (string, error) {

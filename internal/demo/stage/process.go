@@ -61,6 +61,16 @@ func (p *Process) Stop() error {
 	return err
 }
 
+// Kill ends the process at once and waits for its end.
+func (p *Process) Kill() error {
+	err := p.cmd.Process.Kill()
+	<-p.done
+	if errors.Is(err, os.ErrProcessDone) {
+		return p.Ended() // nobody asked it to
+	}
+	return err
+}
+
 // Ended says why a process that should run does not, or nil if it runs.
 func (p *Process) Ended() error {
 	select {

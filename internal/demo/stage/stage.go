@@ -12,15 +12,18 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
 	"farside/internal/api"
 	farsidev1 "farside/internal/api/farside/v1"
+	"farside/internal/dr"
 )
 
 // Stage is the four roles as processes, set up the way an administrator does it: a configuration file each, a
@@ -39,13 +42,16 @@ type Options struct {
 	Driver  string // of capture: "ebpf" or "tap"
 	Disk    string // the disk that a tap stands in front of
 	Ring    string // size of the capture's buffer; "" is the driver's default
+	// Settings are further lines of configuration files, or others instead of the
+	// usual ones: by role ("agent") and key ("memory").
+	Settings map[string]map[string]string
 }
 
 // role is one of the programs on the stage.
 type role struct {
 	verb string // of the command line, and name of its files
 	join farsidev1.Role
-	conf string // configuration file; %[1]s is its data directory
+	conf map[string]string // configuration: values by top-level key
 }
 
 // path returns a path in the work directory.
@@ -61,17 +67,17 @@ func TapURI(dir string) string { return "nbd+unix:///?socket=" + filepath.Join(d
 
 // roles returns the roles that join. The agent offers the disk for protection.
 func (s *Stage) roles() []role {
-	agent := "data: %[1]s\nloop_devices: true\ncapture:\n  driver: " + s.Driver + "\n"
+	capture := "{driver: " + s.Driver
 	if s.Ring != "" {
-		agent += "  ring: " + s.Ring + "\n"
+		capture += ", ring: " + s.Ring
 	}
 	if s.Driver == "tap" {
-		agent += fmt.Sprintf("  tap:\n    socket: %s\n    disks:\n      - name: disk\n        path: %s\n", s.tapSocket(), s.Disk)
+		capture += fmt.Sprintf(", tap: {socket: %q, disks: [{name: disk, path: %q}]}", s.tapSocket(), s.Disk)
 	}
 	return []role{
-		{"process-server", farsidev1.Role_ROLE_PROCESS_SERVER, "data: %[1]s\nlisten: 127.0.0.1:0\n"},
-		{"master-target", farsidev1.Role_ROLE_MASTER_TARGET, "data: %[1]s\nlisten: 127.0.0.1:0\n"},
-		{"agent", farsidev1.Role_ROLE_AGENT, agent},
+		{"process-server", farsidev1.Role_ROLE_PROCESS_SERVER, map[string]string{"listen": "127.0.0.1:0"}},
+		{"master-target", farsidev1.Role_ROLE_MASTER_TARGET, map[string]string{"listen": "127.0.0.1:0"}},
+		{"agent", farsidev1.Role_ROLE_AGENT, map[string]string{"loop_devices": "true", "capture": capture + "}"}},
 	}
 }
 
@@ -87,7 +93,7 @@ func Raise(ctx context.Context, o Options) (s *Stage, err error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := s.start("config-server", fmt.Sprintf("data: %%[1]s\nlisten: 127.0.0.1:%d\nreport_every: 200ms\n", port)); err != nil {
+	if err := s.start("config-server", map[string]string{"listen": fmt.Sprintf("127.0.0.1:%d", port), "report_every": "200ms"}); err != nil {
 		return s, err
 	}
 	if err := s.connect(ctx); err != nil {
@@ -114,18 +120,42 @@ func Raise(ctx context.Context, o Options) (s *Stage, err error) {
 }
 
 // start writes a role's configuration and starts it.
-func (s *Stage) start(verb, conf string) error {
-	file := s.path(verb + ".yaml")
-	text := fmt.Sprintf(conf, s.path(verb))
-	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+func (s *Stage) start(verb string, conf map[string]string) error {
+	conf = maps.Clone(conf)
+	conf["data"] = s.path(verb)
+	maps.Copy(conf, s.Settings[verb])
+	var text strings.Builder
+	for _, key := range slices.Sorted(maps.Keys(conf)) {
+		fmt.Fprintf(&text, "%s: %s\n", key, conf[key])
+	}
+	if err := os.WriteFile(s.path(verb+".yaml"), []byte(text.String()), 0o600); err != nil {
 		return fmt.Errorf("configure %s: %w", verb, err)
 	}
-	p, err := Start(verb, s.path(verb+".log"), exec.Command(s.Program, verb, "--config", file))
+	return s.Again(verb)
+}
+
+// Again starts a role that isn't running, with the configuration that it has.
+func (s *Stage) Again(verb string) error {
+	p, err := Start(verb, s.path(verb+".log"), exec.Command(s.Program, verb, "--config", s.path(verb+".yaml")))
 	if err != nil {
 		return err
 	}
 	s.Processes = append(s.Processes, p)
 	return nil
+}
+
+// Halt ends a role for Again: at once, as a crash would, or when it is ready.
+func (s *Stage) Halt(verb string, crash bool) error {
+	i := slices.IndexFunc(s.Processes, func(p *Process) bool { return p.Name == verb })
+	if i < 0 {
+		return fmt.Errorf("halt %s: not running: %w", verb, dr.ErrNotFound)
+	}
+	p := s.Processes[i]
+	s.Processes = slices.Delete(s.Processes, i, i+1)
+	if crash {
+		return p.Kill()
+	}
+	return p.Stop()
 }
 
 // connect waits for the configuration server and for the context file that it writes at its first start.

@@ -3,6 +3,7 @@ package stage
 import (
 	"context"
 	"errors"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
@@ -52,5 +53,37 @@ func TestProcess(t *testing.T) {
 	}
 	if _, err := Start("nothing", log, exec.Command(filepath.Join(t.TempDir(), "nothing"))); err == nil {
 		t.Error("started nothing")
+	}
+}
+
+// TestHaltAndAgain: a role that crashed, or was ended, is started again with the configuration that it had.
+func TestHaltAndAgain(t *testing.T) {
+	dir := t.TempDir()
+	program := filepath.Join(dir, "program")
+	if err := os.WriteFile(program, []byte("#!/bin/sh\ncat $3\nexec sleep 100\n"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	s := &Stage{Options: Options{Dir: dir, Program: program, Settings: map[string]map[string]string{"agent": {"memory": "32MiB", "listen": "other"}}}}
+	defer s.Strike()
+	if err := s.start("agent", map[string]string{"listen": "usual"}); err != nil {
+		t.Fatal(err)
+	}
+	for _, crash := range []bool{true, false} {
+		if err := s.Halt("agent", crash); err != nil {
+			t.Error(err)
+		}
+		if err := s.Halt("agent", crash); !errors.Is(err, dr.ErrNotFound) {
+			t.Errorf("halted twice: %v", err)
+		}
+		if err := s.Ended(); err != nil {
+			t.Errorf("who was halted is said to have ended: %v", err)
+		}
+		if err := s.Again("agent"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	b, err := os.ReadFile(filepath.Join(dir, "agent.yaml"))
+	if want := "data: " + dir + "/agent\nlisten: other\nmemory: 32MiB\n"; err != nil || string(b) != want {
+		t.Errorf("configured with %q, want %q: %v", b, want, err)
 	}
 }
