@@ -1,8 +1,8 @@
 package e2e
 
 import (
-	"cmp"
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -22,7 +22,7 @@ import (
 
 // lab is a loop device with a file system under a mixed load, protected by real roles.
 type lab struct {
-	t       *testing.T
+	t *testing.T
 	labOptions
 	dir     string
 	loop    *load.Loop
@@ -34,9 +34,9 @@ type lab struct {
 
 // labOptions say what a lab is made of. The zero value but for the size is a lab with ext4.
 type labOptions struct {
-	fs       string // ext4 (default), xfs, btrfs
-	size     int64  // of the disk
-	ring     string // of the capture; "" is the driver's default
+	fs       string                       // ext4 (default), xfs, btrfs
+	size     int64                        // of the disk
+	ring     string                       // of the capture; "" is the driver's default
 	settings map[string]map[string]string // see stage.Options
 }
 
