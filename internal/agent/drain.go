@@ -29,6 +29,11 @@ type syncState struct {
 	dirty   int64 // bytes, as of the last count less what was taken since
 	counted bool
 
+	dataless   bool      // the source only marks; the phase stays Syncing, see offer
+	offered    time.Time // moment of the newest point of a dataless source
+	unverified error     // why the source does not vouch for a point
+	idle       bool      // nothing to do before the source finds something or vouches
+
 	empty   bool // the far side held nothing when the stream began
 	started time.Time
 	fault   error // the last failure to read a disk
@@ -105,6 +110,7 @@ func (r *replicator) retreat() {
 // drain does one piece of a sync: a chunk of bulk data, or the step back to
 // data mode, or the end.
 func (r *replicator) drain(ctx context.Context) error {
+	r.sync.idle = false
 	if r.writtenRanges() > r.tune.written {
 		r.retreat()
 	}
@@ -127,7 +133,7 @@ func (r *replicator) drain(ctx context.Context) error {
 		r.sync.closing = false
 		return r.readChunk()
 	case r.sync.resumed:
-		return r.finish()
+		return r.finish(ctx)
 	}
 	return nil
 }
@@ -156,6 +162,10 @@ func (r *replicator) resume(ctx context.Context) error {
 		r.sync.resumed = true
 		return r.recount()
 	}
+	if errors.Is(err, dr.ErrUnsupported) {
+		r.sync.resumed, r.sync.dataless = true, true
+		return r.recount()
+	}
 	if errors.Is(err, context.DeadlineExceeded) && ctx.Err() == nil {
 		return nil
 	}
@@ -170,7 +180,7 @@ func (r *replicator) recount() error {
 
 // finish ends the sync when everything that was submitted before the last bulk
 // read has been handed over: the stream is what the disks are.
-func (r *replicator) finish() error {
+func (r *replicator) finish(ctx context.Context) error {
 	if !r.sync.closing {
 		r.sync.closing, r.sync.mark, r.sync.markedAt = true, r.src.Tail(), r.now
 	}
@@ -181,7 +191,14 @@ func (r *replicator) finish() error {
 	if err := r.recount(); err != nil || r.sync.dirty > 0 {
 		return err
 	}
-	if err := r.putHeartbeat(r.sync.markedAt); err != nil {
+	at, ok, err := r.vouched(ctx)
+	if r.sync.idle = !ok; err != nil || !ok {
+		return err
+	}
+	if r.sync.dataless {
+		return r.offer(at)
+	}
+	if err := r.putHeartbeat(at); err != nil {
 		return err
 	}
 	r.phase = Exact

@@ -148,6 +148,8 @@ func (r *replicator) step(ctx context.Context, now time.Time, maxWait time.Durat
 // patience returns how long to wait for events before something else is due.
 func (r *replicator) patience() time.Duration {
 	switch {
+	case r.phase == Syncing && r.sync.idle:
+		return r.tune.wait
 	case r.phase == Syncing && r.bulkRoom(), r.tags.pending():
 		return 0
 	case r.cut.begun:

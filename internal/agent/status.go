@@ -20,6 +20,7 @@ type status struct {
 	stats   counters
 	source  capture.Stats
 	fault   error // why a sync makes no progress
+	noPoint error // why the source does not vouch for a point
 	placed  map[[16]byte]dr.Position
 }
 
@@ -31,7 +32,7 @@ type diskStatus struct {
 func (r *replicator) status() status {
 	s := status{
 		phase: r.phase, why: r.why, started: r.sync.started, dirty: r.sync.dirty, stats: r.stats,
-		source: r.src.Stats(), fault: r.sync.fault, placed: maps.Clone(r.tags.placed),
+		source: r.src.Stats(), fault: r.sync.fault, noPoint: r.sync.unverified, placed: maps.Clone(r.tags.placed),
 	}
 	for _, d := range r.disks {
 		s.disks = append(s.disks, diskStatus{d.Disk, d.DiskCounters})
@@ -102,6 +103,9 @@ func steps(a, b *status, now time.Time) []notice {
 	}
 	if b.fault != nil && a.fault == nil {
 		out = append(out, notice{"read-failed", true, b.fault.Error(), now})
+	}
+	if b.noPoint != nil && a.noPoint == nil {
+		out = append(out, notice{"no-point", true, b.noPoint.Error(), now})
 	}
 	if b.phase == Fenced && a.phase != Fenced {
 		out = append(out, notice{"fenced", true, "another timeline of this machine is current: stood down", now})
