@@ -8,9 +8,11 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"farside/internal/catalog"
 	"farside/internal/dr"
@@ -369,6 +371,76 @@ func TestTags(t *testing.T) {
 	}
 	write(t, c, func(tx *catalog.Tx) error { return tx.ForgetTags(100) })
 	if err := c.Read(t.Context(), func(tx *catalog.Tx) error { _, err := tx.Tag("a"); return err }); !errors.Is(err, dr.ErrNotFound) {
+		t.Errorf("forgotten: %v", err)
+	}
+}
+
+func TestGroups(t *testing.T) {
+	c := fresh(t)
+	a, b := addMachine(t, c, "a"), addMachine(t, c, "b")
+	a.ProcessServer = dr.NewNodeID()
+	g := catalog.Group{ID: "g", Name: "shop", HoldLimit: 300, TagEvery: 60, Consistency: dr.FileSystem, Created: 1}
+	other := catalog.Group{ID: "o", Name: "other", Consistency: dr.Application}
+	write(t, c, func(tx *catalog.Tx) error {
+		return errors.Join(tx.SaveMachine(a), tx.AddGroup(g), tx.AddGroup(other), tx.AddMember("g", a.ID), tx.AddMember("g", b.ID))
+	})
+	for what, fn := range map[string]func(*catalog.Tx) error{
+		"a second group of the name": func(tx *catalog.Tx) error { return tx.AddGroup(catalog.Group{ID: "x", Name: "shop"}) },
+		"a machine in two groups":    func(tx *catalog.Tx) error { return tx.AddMember("o", a.ID) },
+	} {
+		if err := c.Write(t.Context(), fn); !errors.Is(err, dr.ErrExists) {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	g.HoldLimit, g.TagEvery, g.Consistency = 100, 0, dr.Application
+	write(t, c, func(tx *catalog.Tx) error { return tx.SaveGroup(g) })
+	for _, key := range []string{"g", "shop"} {
+		if got := get(t, c, func(tx *catalog.Tx) (catalog.Group, error) { return tx.Group(key) }); got != g {
+			t.Errorf("group %q: %+v", key, got)
+		}
+	}
+	if got := get(t, c, func(tx *catalog.Tx) (catalog.Group, error) { return tx.GroupOf(b.ID) }); got != g {
+		t.Errorf("group of b: %+v", got)
+	}
+	if got := get(t, c, (*catalog.Tx).Groups); len(got) != 2 || got[0] != other {
+		t.Errorf("groups: %+v", got)
+	}
+	if got := get(t, c, func(tx *catalog.Tx) ([]catalog.Machine, error) { return tx.Members("g") }); len(got) != 2 {
+		t.Errorf("members: %+v", got)
+	}
+
+	tag := func(id string, deadline int64) catalog.GroupTag {
+		return catalog.GroupTag{ID: id, Group: "g", Name: "n", Consistency: dr.FileSystem, Created: 2, Deadline: deadline, State: catalog.TagWanted}
+	}
+	first, late := tag("1", 100), tag("2", 50)
+	write(t, c, func(tx *catalog.Tx) error { return errors.Join(tx.AddGroupTag(first), tx.AddGroupTag(late)) })
+	leaders := []dr.NodeID{}
+	write(t, c, func(tx *catalog.Tx) (err error) {
+		leaders, err = tx.ExpireGroupTags(50, "late")
+		return err
+	})
+	if !slices.Contains(leaders, a.ProcessServer) {
+		t.Errorf("leaders %v", leaders)
+	}
+	late.State, late.Error = catalog.TagFailed, "late"
+	if got := get(t, c, func(tx *catalog.Tx) ([]catalog.GroupTag, error) { return tx.GroupTagsWanted("g") }); !reflect.DeepEqual(got, []catalog.GroupTag{first}) {
+		t.Errorf("wanted: %+v", got)
+	}
+	first.State, first.Time, first.Held = catalog.TagDurable, 7, 12*time.Millisecond
+	write(t, c, func(tx *catalog.Tx) error {
+		wrong := late
+		wrong.State = catalog.TagDurable // too late
+		return errors.Join(tx.ConcludeGroupTag(first), tx.ConcludeGroupTag(wrong))
+	})
+	for _, want := range []catalog.GroupTag{first, late} {
+		if got := get(t, c, func(tx *catalog.Tx) (catalog.GroupTag, error) { return tx.GroupTag(want.ID) }); got != want {
+			t.Errorf("got %+v, want %+v", got, want)
+		}
+	}
+	write(t, c, func(tx *catalog.Tx) error {
+		return errors.Join(tx.ForgetGroupTags(100), tx.RemoveMembers("g"), tx.DeleteGroup("g"))
+	})
+	if err := c.Read(t.Context(), func(tx *catalog.Tx) error { _, err := tx.GroupTag("1"); return err }); !errors.Is(err, dr.ErrNotFound) {
 		t.Errorf("forgotten: %v", err)
 	}
 }

@@ -18,6 +18,7 @@ type plan struct {
 	reportEvery   time.Duration
 	machines      []machineRows          // those that concern the node
 	views         []catalog.View         // those at the node
+	groups        []groupRows            // those that the node leads
 	addresses     map[dr.NodeID][]string // where nodes said that they take links
 }
 
@@ -26,6 +27,13 @@ type machineRows struct {
 	catalog.Machine
 	disks []catalog.Disk
 	tags  []catalog.Tag // wanted
+}
+
+// groupRows is a group with what belongs to it.
+type groupRows struct {
+	catalog.Group
+	members []catalog.Machine
+	tags    []catalog.GroupTag // wanted
 }
 
 // assign returns a node's assignment, without its revision. It is a function of
@@ -80,6 +88,24 @@ func (p plan) processServer() *farsidev1.ProcessServerAssignment {
 		a.Streams = append(a.Streams, &farsidev1.Stream{
 			MachineId: m.ID.String(), MachineName: m.Name, AgentNodeId: m.Node.String(), Timeline: uint32(m.Timeline),
 			MasterTarget: p.peer(m.MasterTarget), Codec: codecNumber(m.Codec),
+		})
+	}
+	for _, g := range p.groups {
+		a.Groups = append(a.Groups, groupAssignment(g))
+	}
+	return a
+}
+
+func groupAssignment(g groupRows) *farsidev1.GroupAssignment {
+	a := &farsidev1.GroupAssignment{
+		GroupId: g.ID, Name: g.Name, HoldLimitMs: g.HoldLimit, TagEverySeconds: g.TagEvery, Consistency: farsidev1.Consistency(g.Consistency),
+	}
+	for _, m := range g.members {
+		a.MachineIds = append(a.MachineIds, m.ID.String())
+	}
+	for _, t := range g.tags {
+		a.Tags = append(a.Tags, &farsidev1.GroupTagRequest{
+			Id: t.ID, Name: t.Name, Consistency: farsidev1.Consistency(t.Consistency), DeadlineNs: t.Deadline,
 		})
 	}
 	return a

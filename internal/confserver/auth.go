@@ -54,12 +54,17 @@ func access() map[string]rule {
 		farsidev1connect.FarsideServiceGetMachineProcedure:             viewer,
 		farsidev1connect.FarsideServiceListPointsProcedure:             viewer,
 		farsidev1connect.FarsideServiceListViewsProcedure:              viewer,
+		farsidev1connect.FarsideServiceListGroupsProcedure:             viewer,
+		farsidev1connect.FarsideServiceListGroupPointsProcedure:        viewer,
 		farsidev1connect.FarsideServiceTagPointProcedure:               operator,
+		farsidev1connect.FarsideServiceTagGroupProcedure:               operator,
 		farsidev1connect.FarsideServiceOpenViewProcedure:               operator,
 		farsidev1connect.FarsideServiceCloseViewProcedure:              operator,
 		farsidev1connect.FarsideServiceIssueClientCertificateProcedure: operator,
 		farsidev1connect.FarsideServiceCreateTokenProcedure:            administrator,
 		farsidev1connect.FarsideServiceProtectMachineProcedure:         administrator,
+		farsidev1connect.FarsideServiceSetGroupProcedure:               administrator,
+		farsidev1connect.FarsideServiceDeleteGroupProcedure:            administrator,
 		farsidev1connect.FarsideServiceUnprotectMachineProcedure:       administrator,
 	}
 }

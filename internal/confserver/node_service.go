@@ -257,7 +257,9 @@ func (s *server) plan(tx *catalog.Tx, id dr.NodeID) (plan, error) {
 		m, err = tx.Machine(node.Machine)
 		machines = append(machines, m)
 	case transport.RoleProcessServer:
-		machines, err = tx.MachinesVia(id)
+		if machines, err = tx.MachinesVia(id); err == nil {
+			p.groups, err = groupsLedBy(tx, id)
+		}
 	case transport.RoleMasterTarget:
 		if machines, err = tx.MachinesAt(id); err == nil {
 			p.views, err = tx.ViewsAt(id)

@@ -104,6 +104,8 @@ func conclude(tx *catalog.Tx, n catalog.Node, r *farsidev1.Report, last *lastRep
 	switch w := r.GetWork().(type) {
 	case *farsidev1.Report_Agent:
 		wake, err = concludeAgent(tx, n, w.Agent)
+	case *farsidev1.Report_ProcessServer:
+		wake, err = concludeGroups(tx, n, w.ProcessServer)
 	case *farsidev1.Report_MasterTarget:
 		wake, err = concludeTarget(tx, n, r, w.MasterTarget)
 	}

@@ -178,11 +178,11 @@ func (s *server) housekeeping(ctx context.Context) error {
 		case <-ctx.Done():
 			return nil
 		case <-sweep.C:
-			err = errors.Join(s.expireTags(ctx), s.renewOwn())
+			err = errors.Join(s.expireTags(ctx), s.expireGroupTags(ctx), s.renewOwn())
 		case <-tidy.C:
 			err = s.catalog.Write(ctx, func(tx *catalog.Tx) error {
 				now := s.now()
-				return errors.Join(tx.ForgetTags(now.Add(-keepTags).UnixNano()), tx.ForgetJoinTokens(now.Add(-keepTokens).UnixNano()))
+				return errors.Join(tx.ForgetTags(now.Add(-keepTags).UnixNano()), tx.ForgetGroupTags(now.Add(-keepTags).UnixNano()), tx.ForgetJoinTokens(now.Add(-keepTokens).UnixNano()))
 			})
 		}
 		if err != nil && ctx.Err() == nil {
@@ -216,6 +216,19 @@ func (s *server) expireTags(ctx context.Context) error {
 		return nil
 	})
 	s.hub.wake(wake...)
+	return err
+}
+
+// expireGroupTags gives up the tags of groups that were not durable in time.
+func (s *server) expireGroupTags(ctx context.Context) error {
+	var wake []dr.NodeID
+	err := s.catalog.Note(ctx, func(tx *catalog.Tx) (err error) {
+		wake, err = tx.ExpireGroupTags(s.now().UnixNano(), tagNotInTime)
+		return err
+	})
+	if len(wake) > 0 {
+		s.hub.wake(wake...)
+	}
 	return err
 }
 

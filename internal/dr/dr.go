@@ -205,6 +205,8 @@ const (
 	Crash       Consistency = iota + 1 // as after a power cut
 	FileSystem                         // all file systems were frozen
 	Application                        // application hooks ran
+
+	Revoked Consistency = 255 // of a tag that only withdraws the tag of its id
 )
 
 // String returns the name of c.
@@ -216,6 +218,8 @@ func (c Consistency) String() string {
 		return "filesystem"
 	case Application:
 		return "application"
+	case Revoked:
+		return "revoked"
 	}
 	return fmt.Sprintf("consistency(%d)", uint8(c))
 }

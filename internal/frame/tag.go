@@ -30,7 +30,7 @@ func checkTag(t dr.Tag) error {
 	if len(t.Name) > dr.MaxTagName || !utf8.ValidString(t.Name) {
 		return fmt.Errorf("tag name %q: want UTF-8 of at most %d bytes: %w", t.Name, dr.MaxTagName, dr.ErrInvalid)
 	}
-	if t.Consistency < dr.Crash || t.Consistency > dr.Application {
+	if (t.Consistency < dr.Crash || t.Consistency > dr.Application) && t.Consistency != dr.Revoked {
 		return fmt.Errorf("tag %q: %v: %w", t.Name, t.Consistency, dr.ErrInvalid)
 	}
 	return nil

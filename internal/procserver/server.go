@@ -31,6 +31,7 @@ type server struct {
 	env   env
 	log   *slog.Logger
 	links link.Server
+	group groups
 
 	assigning sync.Mutex // one assign, retry or close at a time changes which streams there are
 	assigned  *pb.ProcessServerAssignment
@@ -57,6 +58,13 @@ func newServer(fsys vfs.FS, dir string, limit int64, dial dialer, log *slog.Logg
 	s.env = env{dial: dial, notice: s.notice, work: make(chan struct{}, runtime.GOMAXPROCS(0))}
 	s.links.Authorize, s.links.Open = s.authorize, s.open
 	s.mu.streams = map[dr.MachineID]*running{}
+	s.group.notice, s.group.log = s.notice, log
+	s.group.stream = func(id dr.MachineID) *stream {
+		if r := s.stream(id); r != nil {
+			return r.stream
+		}
+		return nil
+	}
 	return s
 }
 
@@ -99,6 +107,7 @@ func (s *server) assign(ctx context.Context, a *pb.ProcessServerAssignment) {
 	defer s.assigning.Unlock()
 	s.assigned = a
 	s.applyAssigned(ctx)
+	s.group.assign(ctx, a.GetGroups())
 }
 
 // retry begins the streams that could not begin before: the disk was full, say.
@@ -241,6 +250,7 @@ func (s *server) end(r *running, again bool) {
 
 // close stops all streams and keeps their spools.
 func (s *server) close() {
+	s.group.close()
 	s.assigning.Lock()
 	defer s.assigning.Unlock()
 	s.assigned, s.failed = nil, false
@@ -271,7 +281,7 @@ func (s *server) report() *pb.Report {
 	notices := slices.Clone(s.mu.notices)
 	s.mu.Unlock()
 	slices.SortFunc(all, func(a, b *running) int { return strings.Compare(a.machine.String(), b.machine.String()) })
-	work := &pb.ProcessServerReport{}
+	work := &pb.ProcessServerReport{GroupTags: s.group.report()}
 	_, work.DiskFreeBytes = vfs.Space(s.fs, s.dir)
 	for _, r := range all {
 		sp := r.spool.Status()

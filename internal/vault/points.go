@@ -99,7 +99,8 @@ func (v *Vault) history(tl dr.Timeline, through dr.Seq) []link {
 	return out
 }
 
-// Tags returns the tags of the kept history in order.
+// Tags returns the tags of the kept history in order, without those that were
+// withdrawn.
 func (v *Vault) Tags() ([]Tagged, error) {
 	var out []Tagged
 	for _, k := range slices.Backward(v.history(v.Timeline(), v.Head().Position.Seq)) {
@@ -108,6 +109,10 @@ func (v *Vault) Tags() ([]Tagged, error) {
 		}
 		err := v.index.scan(tagKey(k.timeline, k.after+1), tagKey(k.timeline, k.through), func(key, value []byte) error {
 			t, err := decodeTag(key, value)
+			if err == nil && t.Consistency == dr.Revoked {
+				out = slices.DeleteFunc(out, func(o Tagged) bool { return o.ID == t.ID })
+				return nil
+			}
 			out = append(out, t)
 			return err
 		})
@@ -386,7 +391,9 @@ func (v *Vault) describePoint(p dr.Position) (dr.RecoveryPoint, error) {
 		return r, err
 	}
 	t, err := f.Tag()
-	r.Consistency, r.Tag = t.Consistency, t.Name
+	if t.Consistency != dr.Revoked {
+		r.Consistency, r.Tag = t.Consistency, t.Name
+	}
 	return r, err
 }
 

@@ -2243,12 +2243,508 @@ func (x *IssueClientCertificateResponse) GetExpiresNs() int64 {
 	return 0
 }
 
+type SetGroupRequest struct {
+	state           protoimpl.MessageState `protogen:"open.v1"`
+	Name            string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Machines        []string               `protobuf:"bytes,2,rep,name=machines,proto3" json:"machines,omitempty"`                                         // ids or names: all members from now on; none = as they are
+	HoldLimitMs     int64                  `protobuf:"varint,3,opt,name=hold_limit_ms,json=holdLimitMs,proto3" json:"hold_limit_ms,omitempty"`             // 0 = as it is, or 300
+	TagEverySeconds int64                  `protobuf:"varint,4,opt,name=tag_every_seconds,json=tagEverySeconds,proto3" json:"tag_every_seconds,omitempty"` // 0 = as it is; negative: never
+	Consistency     Consistency            `protobuf:"varint,5,opt,name=consistency,proto3,enum=farside.v1.Consistency" json:"consistency,omitempty"`      // unspecified = as it is, or filesystem
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
+}
+
+func (x *SetGroupRequest) Reset() {
+	*x = SetGroupRequest{}
+	mi := &file_farside_v1_farside_proto_msgTypes[30]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SetGroupRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SetGroupRequest) ProtoMessage() {}
+
+func (x *SetGroupRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_farside_v1_farside_proto_msgTypes[30]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SetGroupRequest.ProtoReflect.Descriptor instead.
+func (*SetGroupRequest) Descriptor() ([]byte, []int) {
+	return file_farside_v1_farside_proto_rawDescGZIP(), []int{30}
+}
+
+func (x *SetGroupRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *SetGroupRequest) GetMachines() []string {
+	if x != nil {
+		return x.Machines
+	}
+	return nil
+}
+
+func (x *SetGroupRequest) GetHoldLimitMs() int64 {
+	if x != nil {
+		return x.HoldLimitMs
+	}
+	return 0
+}
+
+func (x *SetGroupRequest) GetTagEverySeconds() int64 {
+	if x != nil {
+		return x.TagEverySeconds
+	}
+	return 0
+}
+
+func (x *SetGroupRequest) GetConsistency() Consistency {
+	if x != nil {
+		return x.Consistency
+	}
+	return Consistency_CONSISTENCY_UNSPECIFIED
+}
+
+type SetGroupResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Group         *Group                 `protobuf:"bytes,1,opt,name=group,proto3" json:"group,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SetGroupResponse) Reset() {
+	*x = SetGroupResponse{}
+	mi := &file_farside_v1_farside_proto_msgTypes[31]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SetGroupResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SetGroupResponse) ProtoMessage() {}
+
+func (x *SetGroupResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_farside_v1_farside_proto_msgTypes[31]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SetGroupResponse.ProtoReflect.Descriptor instead.
+func (*SetGroupResponse) Descriptor() ([]byte, []int) {
+	return file_farside_v1_farside_proto_rawDescGZIP(), []int{31}
+}
+
+func (x *SetGroupResponse) GetGroup() *Group {
+	if x != nil {
+		return x.Group
+	}
+	return nil
+}
+
+type DeleteGroupRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Group         string                 `protobuf:"bytes,1,opt,name=group,proto3" json:"group,omitempty"` // id or name
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeleteGroupRequest) Reset() {
+	*x = DeleteGroupRequest{}
+	mi := &file_farside_v1_farside_proto_msgTypes[32]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeleteGroupRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeleteGroupRequest) ProtoMessage() {}
+
+func (x *DeleteGroupRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_farside_v1_farside_proto_msgTypes[32]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeleteGroupRequest.ProtoReflect.Descriptor instead.
+func (*DeleteGroupRequest) Descriptor() ([]byte, []int) {
+	return file_farside_v1_farside_proto_rawDescGZIP(), []int{32}
+}
+
+func (x *DeleteGroupRequest) GetGroup() string {
+	if x != nil {
+		return x.Group
+	}
+	return ""
+}
+
+type DeleteGroupResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeleteGroupResponse) Reset() {
+	*x = DeleteGroupResponse{}
+	mi := &file_farside_v1_farside_proto_msgTypes[33]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeleteGroupResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeleteGroupResponse) ProtoMessage() {}
+
+func (x *DeleteGroupResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_farside_v1_farside_proto_msgTypes[33]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeleteGroupResponse.ProtoReflect.Descriptor instead.
+func (*DeleteGroupResponse) Descriptor() ([]byte, []int) {
+	return file_farside_v1_farside_proto_rawDescGZIP(), []int{33}
+}
+
+type ListGroupsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListGroupsRequest) Reset() {
+	*x = ListGroupsRequest{}
+	mi := &file_farside_v1_farside_proto_msgTypes[34]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListGroupsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListGroupsRequest) ProtoMessage() {}
+
+func (x *ListGroupsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_farside_v1_farside_proto_msgTypes[34]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListGroupsRequest.ProtoReflect.Descriptor instead.
+func (*ListGroupsRequest) Descriptor() ([]byte, []int) {
+	return file_farside_v1_farside_proto_rawDescGZIP(), []int{34}
+}
+
+type ListGroupsResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Groups        []*Group               `protobuf:"bytes,1,rep,name=groups,proto3" json:"groups,omitempty"` // by name
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListGroupsResponse) Reset() {
+	*x = ListGroupsResponse{}
+	mi := &file_farside_v1_farside_proto_msgTypes[35]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListGroupsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListGroupsResponse) ProtoMessage() {}
+
+func (x *ListGroupsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_farside_v1_farside_proto_msgTypes[35]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListGroupsResponse.ProtoReflect.Descriptor instead.
+func (*ListGroupsResponse) Descriptor() ([]byte, []int) {
+	return file_farside_v1_farside_proto_rawDescGZIP(), []int{35}
+}
+
+func (x *ListGroupsResponse) GetGroups() []*Group {
+	if x != nil {
+		return x.Groups
+	}
+	return nil
+}
+
+type TagGroupRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Group         string                 `protobuf:"bytes,1,opt,name=group,proto3" json:"group,omitempty"` // id or name
+	Name          string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	Consistency   Consistency            `protobuf:"varint,3,opt,name=consistency,proto3,enum=farside.v1.Consistency" json:"consistency,omitempty"` // unspecified = the group's
+	RequestId     string                 `protobuf:"bytes,4,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`                 // a UUID; the same request twice tags once; "" = chosen
+	TimeoutMs     int64                  `protobuf:"varint,5,opt,name=timeout_ms,json=timeoutMs,proto3" json:"timeout_ms,omitempty"`                // 0 = 60 s
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TagGroupRequest) Reset() {
+	*x = TagGroupRequest{}
+	mi := &file_farside_v1_farside_proto_msgTypes[36]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TagGroupRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TagGroupRequest) ProtoMessage() {}
+
+func (x *TagGroupRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_farside_v1_farside_proto_msgTypes[36]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TagGroupRequest.ProtoReflect.Descriptor instead.
+func (*TagGroupRequest) Descriptor() ([]byte, []int) {
+	return file_farside_v1_farside_proto_rawDescGZIP(), []int{36}
+}
+
+func (x *TagGroupRequest) GetGroup() string {
+	if x != nil {
+		return x.Group
+	}
+	return ""
+}
+
+func (x *TagGroupRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *TagGroupRequest) GetConsistency() Consistency {
+	if x != nil {
+		return x.Consistency
+	}
+	return Consistency_CONSISTENCY_UNSPECIFIED
+}
+
+func (x *TagGroupRequest) GetRequestId() string {
+	if x != nil {
+		return x.RequestId
+	}
+	return ""
+}
+
+func (x *TagGroupRequest) GetTimeoutMs() int64 {
+	if x != nil {
+		return x.TimeoutMs
+	}
+	return 0
+}
+
+type TagGroupResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Tag           *GroupTagResult        `protobuf:"bytes,1,opt,name=tag,proto3" json:"tag,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TagGroupResponse) Reset() {
+	*x = TagGroupResponse{}
+	mi := &file_farside_v1_farside_proto_msgTypes[37]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TagGroupResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TagGroupResponse) ProtoMessage() {}
+
+func (x *TagGroupResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_farside_v1_farside_proto_msgTypes[37]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TagGroupResponse.ProtoReflect.Descriptor instead.
+func (*TagGroupResponse) Descriptor() ([]byte, []int) {
+	return file_farside_v1_farside_proto_rawDescGZIP(), []int{37}
+}
+
+func (x *TagGroupResponse) GetTag() *GroupTagResult {
+	if x != nil {
+		return x.Tag
+	}
+	return nil
+}
+
+type ListGroupPointsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Group         string                 `protobuf:"bytes,1,opt,name=group,proto3" json:"group,omitempty"`
+	Limit         int32                  `protobuf:"varint,2,opt,name=limit,proto3" json:"limit,omitempty"` // newest win; 0 = 1000
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListGroupPointsRequest) Reset() {
+	*x = ListGroupPointsRequest{}
+	mi := &file_farside_v1_farside_proto_msgTypes[38]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListGroupPointsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListGroupPointsRequest) ProtoMessage() {}
+
+func (x *ListGroupPointsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_farside_v1_farside_proto_msgTypes[38]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListGroupPointsRequest.ProtoReflect.Descriptor instead.
+func (*ListGroupPointsRequest) Descriptor() ([]byte, []int) {
+	return file_farside_v1_farside_proto_rawDescGZIP(), []int{38}
+}
+
+func (x *ListGroupPointsRequest) GetGroup() string {
+	if x != nil {
+		return x.Group
+	}
+	return ""
+}
+
+func (x *ListGroupPointsRequest) GetLimit() int32 {
+	if x != nil {
+		return x.Limit
+	}
+	return 0
+}
+
+type ListGroupPointsResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Points        []*GroupPoint          `protobuf:"bytes,1,rep,name=points,proto3" json:"points,omitempty"` // oldest first
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListGroupPointsResponse) Reset() {
+	*x = ListGroupPointsResponse{}
+	mi := &file_farside_v1_farside_proto_msgTypes[39]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListGroupPointsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListGroupPointsResponse) ProtoMessage() {}
+
+func (x *ListGroupPointsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_farside_v1_farside_proto_msgTypes[39]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListGroupPointsResponse.ProtoReflect.Descriptor instead.
+func (*ListGroupPointsResponse) Descriptor() ([]byte, []int) {
+	return file_farside_v1_farside_proto_rawDescGZIP(), []int{39}
+}
+
+func (x *ListGroupPointsResponse) GetPoints() []*GroupPoint {
+	if x != nil {
+		return x.Points
+	}
+	return nil
+}
+
 var File_farside_v1_farside_proto protoreflect.FileDescriptor
 
 const file_farside_v1_farside_proto_rawDesc = "" +
 	"\n" +
 	"\x18farside/v1/farside.proto\x12\n" +
-	"farside.v1\x1a\x15farside/v1/node.proto\x1a\x16farside/v1/types.proto\"\x12\n" +
+	"farside.v1\x1a\x16farside/v1/group.proto\x1a\x15farside/v1/node.proto\x1a\x16farside/v1/types.proto\"\x12\n" +
 	"\x10GetServerRequest\"\x95\x01\n" +
 	"\x11GetServerResponse\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x12\x17\n" +
@@ -2437,7 +2933,36 @@ const file_farside_v1_farside_proto_rawDesc = "" +
 	"\x11certificate_chain\x18\x01 \x03(\fR\x10certificateChain\x12 \n" +
 	"\vauthorities\x18\x02 \x03(\fR\vauthorities\x12\x1d\n" +
 	"\n" +
-	"expires_ns\x18\x03 \x01(\x03R\texpiresNs*\x88\x02\n" +
+	"expires_ns\x18\x03 \x01(\x03R\texpiresNs\"\xcc\x01\n" +
+	"\x0fSetGroupRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1a\n" +
+	"\bmachines\x18\x02 \x03(\tR\bmachines\x12\"\n" +
+	"\rhold_limit_ms\x18\x03 \x01(\x03R\vholdLimitMs\x12*\n" +
+	"\x11tag_every_seconds\x18\x04 \x01(\x03R\x0ftagEverySeconds\x129\n" +
+	"\vconsistency\x18\x05 \x01(\x0e2\x17.farside.v1.ConsistencyR\vconsistency\";\n" +
+	"\x10SetGroupResponse\x12'\n" +
+	"\x05group\x18\x01 \x01(\v2\x11.farside.v1.GroupR\x05group\"*\n" +
+	"\x12DeleteGroupRequest\x12\x14\n" +
+	"\x05group\x18\x01 \x01(\tR\x05group\"\x15\n" +
+	"\x13DeleteGroupResponse\"\x13\n" +
+	"\x11ListGroupsRequest\"?\n" +
+	"\x12ListGroupsResponse\x12)\n" +
+	"\x06groups\x18\x01 \x03(\v2\x11.farside.v1.GroupR\x06groups\"\xb4\x01\n" +
+	"\x0fTagGroupRequest\x12\x14\n" +
+	"\x05group\x18\x01 \x01(\tR\x05group\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\x129\n" +
+	"\vconsistency\x18\x03 \x01(\x0e2\x17.farside.v1.ConsistencyR\vconsistency\x12\x1d\n" +
+	"\n" +
+	"request_id\x18\x04 \x01(\tR\trequestId\x12\x1d\n" +
+	"\n" +
+	"timeout_ms\x18\x05 \x01(\x03R\ttimeoutMs\"@\n" +
+	"\x10TagGroupResponse\x12,\n" +
+	"\x03tag\x18\x01 \x01(\v2\x1a.farside.v1.GroupTagResultR\x03tag\"D\n" +
+	"\x16ListGroupPointsRequest\x12\x14\n" +
+	"\x05group\x18\x01 \x01(\tR\x05group\x12\x14\n" +
+	"\x05limit\x18\x02 \x01(\x05R\x05limit\"I\n" +
+	"\x17ListGroupPointsResponse\x12.\n" +
+	"\x06points\x18\x01 \x03(\v2\x16.farside.v1.GroupPointR\x06points*\x88\x02\n" +
 	"\fMachineState\x12\x1d\n" +
 	"\x19MACHINE_STATE_UNSPECIFIED\x10\x00\x12\x1d\n" +
 	"\x19MACHINE_STATE_UNPROTECTED\x10\x01\x12\x19\n" +
@@ -2447,7 +2972,7 @@ const file_farside_v1_farside_proto_rawDesc = "" +
 	"\x14MACHINE_STATE_RESYNC\x10\x05\x12\x19\n" +
 	"\x15MACHINE_STATE_OFFLINE\x10\x06\x12\x18\n" +
 	"\x14MACHINE_STATE_FENCED\x10\a\x12\x18\n" +
-	"\x14MACHINE_STATE_FAILED\x10\b2\xac\b\n" +
+	"\x14MACHINE_STATE_FAILED\x10\b2\xb3\v\n" +
 	"\x0eFarsideService\x12H\n" +
 	"\tGetServer\x12\x1c.farside.v1.GetServerRequest\x1a\x1d.farside.v1.GetServerResponse\x12N\n" +
 	"\vCreateToken\x12\x1e.farside.v1.CreateTokenRequest\x1a\x1f.farside.v1.CreateTokenResponse\x12H\n" +
@@ -2460,6 +2985,12 @@ const file_farside_v1_farside_proto_rawDesc = "" +
 	"\n" +
 	"ListPoints\x12\x1d.farside.v1.ListPointsRequest\x1a\x1e.farside.v1.ListPointsResponse\x12E\n" +
 	"\bTagPoint\x12\x1b.farside.v1.TagPointRequest\x1a\x1c.farside.v1.TagPointResponse\x12E\n" +
+	"\bSetGroup\x12\x1b.farside.v1.SetGroupRequest\x1a\x1c.farside.v1.SetGroupResponse\x12N\n" +
+	"\vDeleteGroup\x12\x1e.farside.v1.DeleteGroupRequest\x1a\x1f.farside.v1.DeleteGroupResponse\x12K\n" +
+	"\n" +
+	"ListGroups\x12\x1d.farside.v1.ListGroupsRequest\x1a\x1e.farside.v1.ListGroupsResponse\x12E\n" +
+	"\bTagGroup\x12\x1b.farside.v1.TagGroupRequest\x1a\x1c.farside.v1.TagGroupResponse\x12Z\n" +
+	"\x0fListGroupPoints\x12\".farside.v1.ListGroupPointsRequest\x1a#.farside.v1.ListGroupPointsResponse\x12E\n" +
 	"\bOpenView\x12\x1b.farside.v1.OpenViewRequest\x1a\x1c.farside.v1.OpenViewResponse\x12H\n" +
 	"\tCloseView\x12\x1c.farside.v1.CloseViewRequest\x1a\x1d.farside.v1.CloseViewResponse\x12H\n" +
 	"\tListViews\x12\x1c.farside.v1.ListViewsRequest\x1a\x1d.farside.v1.ListViewsResponse\x12o\n" +
@@ -2478,7 +3009,7 @@ func file_farside_v1_farside_proto_rawDescGZIP() []byte {
 }
 
 var file_farside_v1_farside_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_farside_v1_farside_proto_msgTypes = make([]protoimpl.MessageInfo, 30)
+var file_farside_v1_farside_proto_msgTypes = make([]protoimpl.MessageInfo, 40)
 var file_farside_v1_farside_proto_goTypes = []any{
 	(MachineState)(0),                      // 0: farside.v1.MachineState
 	(*GetServerRequest)(nil),               // 1: farside.v1.GetServerRequest
@@ -2511,100 +3042,129 @@ var file_farside_v1_farside_proto_goTypes = []any{
 	(*ListViewsResponse)(nil),              // 28: farside.v1.ListViewsResponse
 	(*IssueClientCertificateRequest)(nil),  // 29: farside.v1.IssueClientCertificateRequest
 	(*IssueClientCertificateResponse)(nil), // 30: farside.v1.IssueClientCertificateResponse
-	(Role)(0),                              // 31: farside.v1.Role
-	(*HostInfo)(nil),                       // 32: farside.v1.HostInfo
-	(*Notice)(nil),                         // 33: farside.v1.Notice
-	(*ProcessServerReport)(nil),            // 34: farside.v1.ProcessServerReport
-	(*Rpo)(nil),                            // 35: farside.v1.Rpo
-	(*Counters)(nil),                       // 36: farside.v1.Counters
-	(*DiscoveredDisk)(nil),                 // 37: farside.v1.DiscoveredDisk
-	(*Progress)(nil),                       // 38: farside.v1.Progress
-	(*Position)(nil),                       // 39: farside.v1.Position
-	(*Point)(nil),                          // 40: farside.v1.Point
-	(*StreamStatus)(nil),                   // 41: farside.v1.StreamStatus
-	(*AgentSettings)(nil),                  // 42: farside.v1.AgentSettings
-	(*CaptureStatus)(nil),                  // 43: farside.v1.CaptureStatus
-	(*PointSchedule)(nil),                  // 44: farside.v1.PointSchedule
-	(*Span)(nil),                           // 45: farside.v1.Span
-	(*TagPoint)(nil),                       // 46: farside.v1.TagPoint
-	(Consistency)(0),                       // 47: farside.v1.Consistency
-	(*Selector)(nil),                       // 48: farside.v1.Selector
-	(*ViewStatus)(nil),                     // 49: farside.v1.ViewStatus
+	(*SetGroupRequest)(nil),                // 31: farside.v1.SetGroupRequest
+	(*SetGroupResponse)(nil),               // 32: farside.v1.SetGroupResponse
+	(*DeleteGroupRequest)(nil),             // 33: farside.v1.DeleteGroupRequest
+	(*DeleteGroupResponse)(nil),            // 34: farside.v1.DeleteGroupResponse
+	(*ListGroupsRequest)(nil),              // 35: farside.v1.ListGroupsRequest
+	(*ListGroupsResponse)(nil),             // 36: farside.v1.ListGroupsResponse
+	(*TagGroupRequest)(nil),                // 37: farside.v1.TagGroupRequest
+	(*TagGroupResponse)(nil),               // 38: farside.v1.TagGroupResponse
+	(*ListGroupPointsRequest)(nil),         // 39: farside.v1.ListGroupPointsRequest
+	(*ListGroupPointsResponse)(nil),        // 40: farside.v1.ListGroupPointsResponse
+	(Role)(0),                              // 41: farside.v1.Role
+	(*HostInfo)(nil),                       // 42: farside.v1.HostInfo
+	(*Notice)(nil),                         // 43: farside.v1.Notice
+	(*ProcessServerReport)(nil),            // 44: farside.v1.ProcessServerReport
+	(*Rpo)(nil),                            // 45: farside.v1.Rpo
+	(*Counters)(nil),                       // 46: farside.v1.Counters
+	(*DiscoveredDisk)(nil),                 // 47: farside.v1.DiscoveredDisk
+	(*Progress)(nil),                       // 48: farside.v1.Progress
+	(*Position)(nil),                       // 49: farside.v1.Position
+	(*Point)(nil),                          // 50: farside.v1.Point
+	(*StreamStatus)(nil),                   // 51: farside.v1.StreamStatus
+	(*AgentSettings)(nil),                  // 52: farside.v1.AgentSettings
+	(*CaptureStatus)(nil),                  // 53: farside.v1.CaptureStatus
+	(*PointSchedule)(nil),                  // 54: farside.v1.PointSchedule
+	(*Span)(nil),                           // 55: farside.v1.Span
+	(*TagPoint)(nil),                       // 56: farside.v1.TagPoint
+	(Consistency)(0),                       // 57: farside.v1.Consistency
+	(*Selector)(nil),                       // 58: farside.v1.Selector
+	(*ViewStatus)(nil),                     // 59: farside.v1.ViewStatus
+	(*Group)(nil),                          // 60: farside.v1.Group
+	(*GroupTagResult)(nil),                 // 61: farside.v1.GroupTagResult
+	(*GroupPoint)(nil),                     // 62: farside.v1.GroupPoint
 }
 var file_farside_v1_farside_proto_depIdxs = []int32{
-	31, // 0: farside.v1.CreateTokenRequest.role:type_name -> farside.v1.Role
-	31, // 1: farside.v1.Node.role:type_name -> farside.v1.Role
-	32, // 2: farside.v1.Node.host:type_name -> farside.v1.HostInfo
-	33, // 3: farside.v1.Node.notices:type_name -> farside.v1.Notice
-	34, // 4: farside.v1.Node.process_server:type_name -> farside.v1.ProcessServerReport
-	31, // 5: farside.v1.ListNodesRequest.role:type_name -> farside.v1.Role
+	41, // 0: farside.v1.CreateTokenRequest.role:type_name -> farside.v1.Role
+	41, // 1: farside.v1.Node.role:type_name -> farside.v1.Role
+	42, // 2: farside.v1.Node.host:type_name -> farside.v1.HostInfo
+	43, // 3: farside.v1.Node.notices:type_name -> farside.v1.Notice
+	44, // 4: farside.v1.Node.process_server:type_name -> farside.v1.ProcessServerReport
+	41, // 5: farside.v1.ListNodesRequest.role:type_name -> farside.v1.Role
 	5,  // 6: farside.v1.ListNodesResponse.nodes:type_name -> farside.v1.Node
-	35, // 7: farside.v1.MachineDisk.rpo:type_name -> farside.v1.Rpo
-	36, // 8: farside.v1.MachineDisk.counters:type_name -> farside.v1.Counters
-	32, // 9: farside.v1.Machine.host:type_name -> farside.v1.HostInfo
+	45, // 7: farside.v1.MachineDisk.rpo:type_name -> farside.v1.Rpo
+	46, // 8: farside.v1.MachineDisk.counters:type_name -> farside.v1.Counters
+	42, // 9: farside.v1.Machine.host:type_name -> farside.v1.HostInfo
 	0,  // 10: farside.v1.Machine.state:type_name -> farside.v1.MachineState
-	35, // 11: farside.v1.Machine.rpo:type_name -> farside.v1.Rpo
+	45, // 11: farside.v1.Machine.rpo:type_name -> farside.v1.Rpo
 	8,  // 12: farside.v1.Machine.disks:type_name -> farside.v1.MachineDisk
-	37, // 13: farside.v1.Machine.discovered:type_name -> farside.v1.DiscoveredDisk
-	33, // 14: farside.v1.Machine.warnings:type_name -> farside.v1.Notice
-	38, // 15: farside.v1.Machine.progress:type_name -> farside.v1.Progress
-	36, // 16: farside.v1.Machine.counters:type_name -> farside.v1.Counters
-	39, // 17: farside.v1.Machine.head:type_name -> farside.v1.Position
-	40, // 18: farside.v1.Machine.newest:type_name -> farside.v1.Point
-	39, // 19: farside.v1.Machine.horizon:type_name -> farside.v1.Position
-	41, // 20: farside.v1.Machine.stream:type_name -> farside.v1.StreamStatus
-	42, // 21: farside.v1.Machine.settings:type_name -> farside.v1.AgentSettings
-	43, // 22: farside.v1.Machine.capture:type_name -> farside.v1.CaptureStatus
-	33, // 23: farside.v1.Machine.events:type_name -> farside.v1.Notice
+	47, // 13: farside.v1.Machine.discovered:type_name -> farside.v1.DiscoveredDisk
+	43, // 14: farside.v1.Machine.warnings:type_name -> farside.v1.Notice
+	48, // 15: farside.v1.Machine.progress:type_name -> farside.v1.Progress
+	46, // 16: farside.v1.Machine.counters:type_name -> farside.v1.Counters
+	49, // 17: farside.v1.Machine.head:type_name -> farside.v1.Position
+	50, // 18: farside.v1.Machine.newest:type_name -> farside.v1.Point
+	49, // 19: farside.v1.Machine.horizon:type_name -> farside.v1.Position
+	51, // 20: farside.v1.Machine.stream:type_name -> farside.v1.StreamStatus
+	52, // 21: farside.v1.Machine.settings:type_name -> farside.v1.AgentSettings
+	53, // 22: farside.v1.Machine.capture:type_name -> farside.v1.CaptureStatus
+	43, // 23: farside.v1.Machine.events:type_name -> farside.v1.Notice
 	9,  // 24: farside.v1.ListMachinesResponse.machines:type_name -> farside.v1.Machine
 	9,  // 25: farside.v1.GetMachineResponse.machine:type_name -> farside.v1.Machine
-	42, // 26: farside.v1.ProtectMachineRequest.settings:type_name -> farside.v1.AgentSettings
-	44, // 27: farside.v1.ProtectMachineRequest.points:type_name -> farside.v1.PointSchedule
+	52, // 26: farside.v1.ProtectMachineRequest.settings:type_name -> farside.v1.AgentSettings
+	54, // 27: farside.v1.ProtectMachineRequest.points:type_name -> farside.v1.PointSchedule
 	9,  // 28: farside.v1.ProtectMachineResponse.machine:type_name -> farside.v1.Machine
 	9,  // 29: farside.v1.UnprotectMachineResponse.machine:type_name -> farside.v1.Machine
-	45, // 30: farside.v1.ListPointsResponse.spans:type_name -> farside.v1.Span
-	46, // 31: farside.v1.ListPointsResponse.tags:type_name -> farside.v1.TagPoint
-	39, // 32: farside.v1.ListPointsResponse.horizon:type_name -> farside.v1.Position
-	40, // 33: farside.v1.ListPointsResponse.newest:type_name -> farside.v1.Point
-	47, // 34: farside.v1.TagPointRequest.consistency:type_name -> farside.v1.Consistency
-	46, // 35: farside.v1.TagPointResponse.tag:type_name -> farside.v1.TagPoint
-	48, // 36: farside.v1.OpenViewRequest.selector:type_name -> farside.v1.Selector
-	48, // 37: farside.v1.View.selector:type_name -> farside.v1.Selector
-	49, // 38: farside.v1.View.status:type_name -> farside.v1.ViewStatus
+	55, // 30: farside.v1.ListPointsResponse.spans:type_name -> farside.v1.Span
+	56, // 31: farside.v1.ListPointsResponse.tags:type_name -> farside.v1.TagPoint
+	49, // 32: farside.v1.ListPointsResponse.horizon:type_name -> farside.v1.Position
+	50, // 33: farside.v1.ListPointsResponse.newest:type_name -> farside.v1.Point
+	57, // 34: farside.v1.TagPointRequest.consistency:type_name -> farside.v1.Consistency
+	56, // 35: farside.v1.TagPointResponse.tag:type_name -> farside.v1.TagPoint
+	58, // 36: farside.v1.OpenViewRequest.selector:type_name -> farside.v1.Selector
+	58, // 37: farside.v1.View.selector:type_name -> farside.v1.Selector
+	59, // 38: farside.v1.View.status:type_name -> farside.v1.ViewStatus
 	23, // 39: farside.v1.OpenViewResponse.view:type_name -> farside.v1.View
 	23, // 40: farside.v1.CloseViewResponse.view:type_name -> farside.v1.View
 	23, // 41: farside.v1.ListViewsResponse.views:type_name -> farside.v1.View
-	1,  // 42: farside.v1.FarsideService.GetServer:input_type -> farside.v1.GetServerRequest
-	3,  // 43: farside.v1.FarsideService.CreateToken:input_type -> farside.v1.CreateTokenRequest
-	6,  // 44: farside.v1.FarsideService.ListNodes:input_type -> farside.v1.ListNodesRequest
-	10, // 45: farside.v1.FarsideService.ListMachines:input_type -> farside.v1.ListMachinesRequest
-	12, // 46: farside.v1.FarsideService.GetMachine:input_type -> farside.v1.GetMachineRequest
-	14, // 47: farside.v1.FarsideService.ProtectMachine:input_type -> farside.v1.ProtectMachineRequest
-	16, // 48: farside.v1.FarsideService.UnprotectMachine:input_type -> farside.v1.UnprotectMachineRequest
-	18, // 49: farside.v1.FarsideService.ListPoints:input_type -> farside.v1.ListPointsRequest
-	20, // 50: farside.v1.FarsideService.TagPoint:input_type -> farside.v1.TagPointRequest
-	22, // 51: farside.v1.FarsideService.OpenView:input_type -> farside.v1.OpenViewRequest
-	25, // 52: farside.v1.FarsideService.CloseView:input_type -> farside.v1.CloseViewRequest
-	27, // 53: farside.v1.FarsideService.ListViews:input_type -> farside.v1.ListViewsRequest
-	29, // 54: farside.v1.FarsideService.IssueClientCertificate:input_type -> farside.v1.IssueClientCertificateRequest
-	2,  // 55: farside.v1.FarsideService.GetServer:output_type -> farside.v1.GetServerResponse
-	4,  // 56: farside.v1.FarsideService.CreateToken:output_type -> farside.v1.CreateTokenResponse
-	7,  // 57: farside.v1.FarsideService.ListNodes:output_type -> farside.v1.ListNodesResponse
-	11, // 58: farside.v1.FarsideService.ListMachines:output_type -> farside.v1.ListMachinesResponse
-	13, // 59: farside.v1.FarsideService.GetMachine:output_type -> farside.v1.GetMachineResponse
-	15, // 60: farside.v1.FarsideService.ProtectMachine:output_type -> farside.v1.ProtectMachineResponse
-	17, // 61: farside.v1.FarsideService.UnprotectMachine:output_type -> farside.v1.UnprotectMachineResponse
-	19, // 62: farside.v1.FarsideService.ListPoints:output_type -> farside.v1.ListPointsResponse
-	21, // 63: farside.v1.FarsideService.TagPoint:output_type -> farside.v1.TagPointResponse
-	24, // 64: farside.v1.FarsideService.OpenView:output_type -> farside.v1.OpenViewResponse
-	26, // 65: farside.v1.FarsideService.CloseView:output_type -> farside.v1.CloseViewResponse
-	28, // 66: farside.v1.FarsideService.ListViews:output_type -> farside.v1.ListViewsResponse
-	30, // 67: farside.v1.FarsideService.IssueClientCertificate:output_type -> farside.v1.IssueClientCertificateResponse
-	55, // [55:68] is the sub-list for method output_type
-	42, // [42:55] is the sub-list for method input_type
-	42, // [42:42] is the sub-list for extension type_name
-	42, // [42:42] is the sub-list for extension extendee
-	0,  // [0:42] is the sub-list for field type_name
+	57, // 42: farside.v1.SetGroupRequest.consistency:type_name -> farside.v1.Consistency
+	60, // 43: farside.v1.SetGroupResponse.group:type_name -> farside.v1.Group
+	60, // 44: farside.v1.ListGroupsResponse.groups:type_name -> farside.v1.Group
+	57, // 45: farside.v1.TagGroupRequest.consistency:type_name -> farside.v1.Consistency
+	61, // 46: farside.v1.TagGroupResponse.tag:type_name -> farside.v1.GroupTagResult
+	62, // 47: farside.v1.ListGroupPointsResponse.points:type_name -> farside.v1.GroupPoint
+	1,  // 48: farside.v1.FarsideService.GetServer:input_type -> farside.v1.GetServerRequest
+	3,  // 49: farside.v1.FarsideService.CreateToken:input_type -> farside.v1.CreateTokenRequest
+	6,  // 50: farside.v1.FarsideService.ListNodes:input_type -> farside.v1.ListNodesRequest
+	10, // 51: farside.v1.FarsideService.ListMachines:input_type -> farside.v1.ListMachinesRequest
+	12, // 52: farside.v1.FarsideService.GetMachine:input_type -> farside.v1.GetMachineRequest
+	14, // 53: farside.v1.FarsideService.ProtectMachine:input_type -> farside.v1.ProtectMachineRequest
+	16, // 54: farside.v1.FarsideService.UnprotectMachine:input_type -> farside.v1.UnprotectMachineRequest
+	18, // 55: farside.v1.FarsideService.ListPoints:input_type -> farside.v1.ListPointsRequest
+	20, // 56: farside.v1.FarsideService.TagPoint:input_type -> farside.v1.TagPointRequest
+	31, // 57: farside.v1.FarsideService.SetGroup:input_type -> farside.v1.SetGroupRequest
+	33, // 58: farside.v1.FarsideService.DeleteGroup:input_type -> farside.v1.DeleteGroupRequest
+	35, // 59: farside.v1.FarsideService.ListGroups:input_type -> farside.v1.ListGroupsRequest
+	37, // 60: farside.v1.FarsideService.TagGroup:input_type -> farside.v1.TagGroupRequest
+	39, // 61: farside.v1.FarsideService.ListGroupPoints:input_type -> farside.v1.ListGroupPointsRequest
+	22, // 62: farside.v1.FarsideService.OpenView:input_type -> farside.v1.OpenViewRequest
+	25, // 63: farside.v1.FarsideService.CloseView:input_type -> farside.v1.CloseViewRequest
+	27, // 64: farside.v1.FarsideService.ListViews:input_type -> farside.v1.ListViewsRequest
+	29, // 65: farside.v1.FarsideService.IssueClientCertificate:input_type -> farside.v1.IssueClientCertificateRequest
+	2,  // 66: farside.v1.FarsideService.GetServer:output_type -> farside.v1.GetServerResponse
+	4,  // 67: farside.v1.FarsideService.CreateToken:output_type -> farside.v1.CreateTokenResponse
+	7,  // 68: farside.v1.FarsideService.ListNodes:output_type -> farside.v1.ListNodesResponse
+	11, // 69: farside.v1.FarsideService.ListMachines:output_type -> farside.v1.ListMachinesResponse
+	13, // 70: farside.v1.FarsideService.GetMachine:output_type -> farside.v1.GetMachineResponse
+	15, // 71: farside.v1.FarsideService.ProtectMachine:output_type -> farside.v1.ProtectMachineResponse
+	17, // 72: farside.v1.FarsideService.UnprotectMachine:output_type -> farside.v1.UnprotectMachineResponse
+	19, // 73: farside.v1.FarsideService.ListPoints:output_type -> farside.v1.ListPointsResponse
+	21, // 74: farside.v1.FarsideService.TagPoint:output_type -> farside.v1.TagPointResponse
+	32, // 75: farside.v1.FarsideService.SetGroup:output_type -> farside.v1.SetGroupResponse
+	34, // 76: farside.v1.FarsideService.DeleteGroup:output_type -> farside.v1.DeleteGroupResponse
+	36, // 77: farside.v1.FarsideService.ListGroups:output_type -> farside.v1.ListGroupsResponse
+	38, // 78: farside.v1.FarsideService.TagGroup:output_type -> farside.v1.TagGroupResponse
+	40, // 79: farside.v1.FarsideService.ListGroupPoints:output_type -> farside.v1.ListGroupPointsResponse
+	24, // 80: farside.v1.FarsideService.OpenView:output_type -> farside.v1.OpenViewResponse
+	26, // 81: farside.v1.FarsideService.CloseView:output_type -> farside.v1.CloseViewResponse
+	28, // 82: farside.v1.FarsideService.ListViews:output_type -> farside.v1.ListViewsResponse
+	30, // 83: farside.v1.FarsideService.IssueClientCertificate:output_type -> farside.v1.IssueClientCertificateResponse
+	66, // [66:84] is the sub-list for method output_type
+	48, // [48:66] is the sub-list for method input_type
+	48, // [48:48] is the sub-list for extension type_name
+	48, // [48:48] is the sub-list for extension extendee
+	0,  // [0:48] is the sub-list for field type_name
 }
 
 func init() { file_farside_v1_farside_proto_init() }
@@ -2612,6 +3172,7 @@ func file_farside_v1_farside_proto_init() {
 	if File_farside_v1_farside_proto != nil {
 		return
 	}
+	file_farside_v1_group_proto_init()
 	file_farside_v1_node_proto_init()
 	file_farside_v1_types_proto_init()
 	type x struct{}
@@ -2620,7 +3181,7 @@ func file_farside_v1_farside_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_farside_v1_farside_proto_rawDesc), len(file_farside_v1_farside_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   30,
+			NumMessages:   40,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

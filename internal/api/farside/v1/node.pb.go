@@ -892,6 +892,7 @@ type ProcessServerAssignment struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Streams       []*Stream              `protobuf:"bytes,1,rep,name=streams,proto3" json:"streams,omitempty"`
 	Limits        *SpoolLimits           `protobuf:"bytes,2,opt,name=limits,proto3" json:"limits,omitempty"`
+	Groups        []*GroupAssignment     `protobuf:"bytes,3,rep,name=groups,proto3" json:"groups,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -936,6 +937,13 @@ func (x *ProcessServerAssignment) GetStreams() []*Stream {
 func (x *ProcessServerAssignment) GetLimits() *SpoolLimits {
 	if x != nil {
 		return x.Limits
+	}
+	return nil
+}
+
+func (x *ProcessServerAssignment) GetGroups() []*GroupAssignment {
+	if x != nil {
+		return x.Groups
 	}
 	return nil
 }
@@ -1889,6 +1897,7 @@ type ProcessServerReport struct {
 	SpoolUsedBytes  int64                  `protobuf:"varint,2,opt,name=spool_used_bytes,json=spoolUsedBytes,proto3" json:"spool_used_bytes,omitempty"`
 	SpoolLimitBytes int64                  `protobuf:"varint,3,opt,name=spool_limit_bytes,json=spoolLimitBytes,proto3" json:"spool_limit_bytes,omitempty"`
 	DiskFreeBytes   int64                  `protobuf:"varint,4,opt,name=disk_free_bytes,json=diskFreeBytes,proto3" json:"disk_free_bytes,omitempty"`
+	GroupTags       []*GroupTagResult      `protobuf:"bytes,10,rep,name=group_tags,json=groupTags,proto3" json:"group_tags,omitempty"` // the latest, newest last, bounded
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
@@ -1949,6 +1958,13 @@ func (x *ProcessServerReport) GetDiskFreeBytes() int64 {
 		return x.DiskFreeBytes
 	}
 	return 0
+}
+
+func (x *ProcessServerReport) GetGroupTags() []*GroupTagResult {
+	if x != nil {
+		return x.GroupTags
+	}
+	return nil
 }
 
 type StreamStatus struct {
@@ -2460,7 +2476,7 @@ var File_farside_v1_node_proto protoreflect.FileDescriptor
 const file_farside_v1_node_proto_rawDesc = "" +
 	"\n" +
 	"\x15farside/v1/node.proto\x12\n" +
-	"farside.v1\x1a\x16farside/v1/types.proto\"\xbb\x01\n" +
+	"farside.v1\x1a\x16farside/v1/group.proto\x1a\x16farside/v1/types.proto\"\xbb\x01\n" +
 	"\vJoinRequest\x12\x14\n" +
 	"\x05token\x18\x01 \x01(\tR\x05token\x12\x10\n" +
 	"\x03csr\x18\x02 \x01(\fR\x03csr\x12$\n" +
@@ -2534,10 +2550,11 @@ const file_farside_v1_node_proto_rawDesc = "" +
 	"\vconsistency\x18\x03 \x01(\x0e2\x17.farside.v1.ConsistencyR\vconsistency\x12\x1f\n" +
 	"\vdeadline_ns\x18\x04 \x01(\x03R\n" +
 	"deadlineNs\x12\x19\n" +
-	"\bgroup_id\x18\x05 \x01(\tR\agroupId\"x\n" +
+	"\bgroup_id\x18\x05 \x01(\tR\agroupId\"\xad\x01\n" +
 	"\x17ProcessServerAssignment\x12,\n" +
 	"\astreams\x18\x01 \x03(\v2\x12.farside.v1.StreamR\astreams\x12/\n" +
-	"\x06limits\x18\x02 \x01(\v2\x17.farside.v1.SpoolLimitsR\x06limits\"\xea\x01\n" +
+	"\x06limits\x18\x02 \x01(\v2\x17.farside.v1.SpoolLimitsR\x06limits\x123\n" +
+	"\x06groups\x18\x03 \x03(\v2\x1b.farside.v1.GroupAssignmentR\x06groups\"\xea\x01\n" +
 	"\x06Stream\x12\x1d\n" +
 	"\n" +
 	"machine_id\x18\x01 \x01(\tR\tmachineId\x12!\n" +
@@ -2623,12 +2640,15 @@ const file_farside_v1_node_proto_rawDesc = "" +
 	"\bposition\x18\x02 \x01(\v2\x14.farside.v1.PositionR\bposition\x12\x14\n" +
 	"\x05error\x18\x03 \x01(\tR\x05error\x129\n" +
 	"\vconsistency\x18\x04 \x01(\x0e2\x17.farside.v1.ConsistencyR\vconsistency\x12\x16\n" +
-	"\x06detail\x18\x05 \x01(\tR\x06detail\"\xc7\x01\n" +
+	"\x06detail\x18\x05 \x01(\tR\x06detail\"\x82\x02\n" +
 	"\x13ProcessServerReport\x122\n" +
 	"\astreams\x18\x01 \x03(\v2\x18.farside.v1.StreamStatusR\astreams\x12(\n" +
 	"\x10spool_used_bytes\x18\x02 \x01(\x03R\x0espoolUsedBytes\x12*\n" +
 	"\x11spool_limit_bytes\x18\x03 \x01(\x03R\x0fspoolLimitBytes\x12&\n" +
-	"\x0fdisk_free_bytes\x18\x04 \x01(\x03R\rdiskFreeBytes\"\xfd\x03\n" +
+	"\x0fdisk_free_bytes\x18\x04 \x01(\x03R\rdiskFreeBytes\x129\n" +
+	"\n" +
+	"group_tags\x18\n" +
+	" \x03(\v2\x1a.farside.v1.GroupTagResultR\tgroupTags\"\xfd\x03\n" +
 	"\fStreamStatus\x12\x1d\n" +
 	"\n" +
 	"machine_id\x18\x01 \x01(\tR\tmachineId\x12,\n" +
@@ -2744,20 +2764,22 @@ var file_farside_v1_node_proto_goTypes = []any{
 	(*Disk)(nil),                    // 31: farside.v1.Disk
 	(Codec)(0),                      // 32: farside.v1.Codec
 	(Consistency)(0),                // 33: farside.v1.Consistency
-	(*Selector)(nil),                // 34: farside.v1.Selector
-	(*Position)(nil),                // 35: farside.v1.Position
-	(*Notice)(nil),                  // 36: farside.v1.Notice
-	(Phase)(0),                      // 37: farside.v1.Phase
-	(*Progress)(nil),                // 38: farside.v1.Progress
-	(*Rpo)(nil),                     // 39: farside.v1.Rpo
-	(*DiskStatus)(nil),              // 40: farside.v1.DiskStatus
-	(*DiscoveredDisk)(nil),          // 41: farside.v1.DiscoveredDisk
-	(*Counters)(nil),                // 42: farside.v1.Counters
-	(*Point)(nil),                   // 43: farside.v1.Point
-	(*Span)(nil),                    // 44: farside.v1.Span
-	(*TagPoint)(nil),                // 45: farside.v1.TagPoint
-	(ViewState)(0),                  // 46: farside.v1.ViewState
-	(*Export)(nil),                  // 47: farside.v1.Export
+	(*GroupAssignment)(nil),         // 34: farside.v1.GroupAssignment
+	(*Selector)(nil),                // 35: farside.v1.Selector
+	(*Position)(nil),                // 36: farside.v1.Position
+	(*Notice)(nil),                  // 37: farside.v1.Notice
+	(Phase)(0),                      // 38: farside.v1.Phase
+	(*Progress)(nil),                // 39: farside.v1.Progress
+	(*Rpo)(nil),                     // 40: farside.v1.Rpo
+	(*DiskStatus)(nil),              // 41: farside.v1.DiskStatus
+	(*DiscoveredDisk)(nil),          // 42: farside.v1.DiscoveredDisk
+	(*Counters)(nil),                // 43: farside.v1.Counters
+	(*GroupTagResult)(nil),          // 44: farside.v1.GroupTagResult
+	(*Point)(nil),                   // 45: farside.v1.Point
+	(*Span)(nil),                    // 46: farside.v1.Span
+	(*TagPoint)(nil),                // 47: farside.v1.TagPoint
+	(ViewState)(0),                  // 48: farside.v1.ViewState
+	(*Export)(nil),                  // 49: farside.v1.Export
 }
 var file_farside_v1_node_proto_depIdxs = []int32{
 	29, // 0: farside.v1.JoinRequest.role:type_name -> farside.v1.Role
@@ -2776,60 +2798,62 @@ var file_farside_v1_node_proto_depIdxs = []int32{
 	33, // 13: farside.v1.TagRequest.consistency:type_name -> farside.v1.Consistency
 	13, // 14: farside.v1.ProcessServerAssignment.streams:type_name -> farside.v1.Stream
 	14, // 15: farside.v1.ProcessServerAssignment.limits:type_name -> farside.v1.SpoolLimits
-	7,  // 16: farside.v1.Stream.master_target:type_name -> farside.v1.Peer
-	32, // 17: farside.v1.Stream.codec:type_name -> farside.v1.Codec
-	16, // 18: farside.v1.MasterTargetAssignment.machines:type_name -> farside.v1.TargetMachine
-	17, // 19: farside.v1.MasterTargetAssignment.views:type_name -> farside.v1.ViewAssignment
-	31, // 20: farside.v1.TargetMachine.disks:type_name -> farside.v1.Disk
-	34, // 21: farside.v1.ViewAssignment.selector:type_name -> farside.v1.Selector
-	35, // 22: farside.v1.ViewAssignment.resolved:type_name -> farside.v1.Position
-	20, // 23: farside.v1.ReportRequest.report:type_name -> farside.v1.Report
-	30, // 24: farside.v1.Report.host:type_name -> farside.v1.HostInfo
-	36, // 25: farside.v1.Report.notices:type_name -> farside.v1.Notice
-	21, // 26: farside.v1.Report.agent:type_name -> farside.v1.AgentReport
-	24, // 27: farside.v1.Report.process_server:type_name -> farside.v1.ProcessServerReport
-	26, // 28: farside.v1.Report.master_target:type_name -> farside.v1.MasterTargetReport
-	37, // 29: farside.v1.AgentReport.phase:type_name -> farside.v1.Phase
-	38, // 30: farside.v1.AgentReport.progress:type_name -> farside.v1.Progress
-	39, // 31: farside.v1.AgentReport.rpo:type_name -> farside.v1.Rpo
-	40, // 32: farside.v1.AgentReport.disks:type_name -> farside.v1.DiskStatus
-	41, // 33: farside.v1.AgentReport.discovered:type_name -> farside.v1.DiscoveredDisk
-	42, // 34: farside.v1.AgentReport.counters:type_name -> farside.v1.Counters
-	35, // 35: farside.v1.AgentReport.built:type_name -> farside.v1.Position
-	35, // 36: farside.v1.AgentReport.stored:type_name -> farside.v1.Position
-	35, // 37: farside.v1.AgentReport.durable:type_name -> farside.v1.Position
-	22, // 38: farside.v1.AgentReport.capture:type_name -> farside.v1.CaptureStatus
-	23, // 39: farside.v1.AgentReport.tags:type_name -> farside.v1.TagResult
-	36, // 40: farside.v1.AgentReport.events:type_name -> farside.v1.Notice
-	35, // 41: farside.v1.TagResult.position:type_name -> farside.v1.Position
-	33, // 42: farside.v1.TagResult.consistency:type_name -> farside.v1.Consistency
-	25, // 43: farside.v1.ProcessServerReport.streams:type_name -> farside.v1.StreamStatus
-	35, // 44: farside.v1.StreamStatus.stored:type_name -> farside.v1.Position
-	35, // 45: farside.v1.StreamStatus.durable:type_name -> farside.v1.Position
-	27, // 46: farside.v1.MasterTargetReport.machines:type_name -> farside.v1.TargetStatus
-	28, // 47: farside.v1.MasterTargetReport.views:type_name -> farside.v1.ViewStatus
-	35, // 48: farside.v1.TargetStatus.head:type_name -> farside.v1.Position
-	43, // 49: farside.v1.TargetStatus.newest:type_name -> farside.v1.Point
-	35, // 50: farside.v1.TargetStatus.horizon:type_name -> farside.v1.Position
-	44, // 51: farside.v1.TargetStatus.spans:type_name -> farside.v1.Span
-	45, // 52: farside.v1.TargetStatus.tags:type_name -> farside.v1.TagPoint
-	31, // 53: farside.v1.TargetStatus.disks:type_name -> farside.v1.Disk
-	46, // 54: farside.v1.ViewStatus.state:type_name -> farside.v1.ViewState
-	35, // 55: farside.v1.ViewStatus.position:type_name -> farside.v1.Position
-	47, // 56: farside.v1.ViewStatus.exports:type_name -> farside.v1.Export
-	0,  // 57: farside.v1.NodeService.Join:input_type -> farside.v1.JoinRequest
-	2,  // 58: farside.v1.NodeService.Renew:input_type -> farside.v1.RenewRequest
-	4,  // 59: farside.v1.NodeService.Watch:input_type -> farside.v1.WatchRequest
-	18, // 60: farside.v1.NodeService.Report:input_type -> farside.v1.ReportRequest
-	1,  // 61: farside.v1.NodeService.Join:output_type -> farside.v1.JoinResponse
-	3,  // 62: farside.v1.NodeService.Renew:output_type -> farside.v1.RenewResponse
-	5,  // 63: farside.v1.NodeService.Watch:output_type -> farside.v1.WatchResponse
-	19, // 64: farside.v1.NodeService.Report:output_type -> farside.v1.ReportResponse
-	61, // [61:65] is the sub-list for method output_type
-	57, // [57:61] is the sub-list for method input_type
-	57, // [57:57] is the sub-list for extension type_name
-	57, // [57:57] is the sub-list for extension extendee
-	0,  // [0:57] is the sub-list for field type_name
+	34, // 16: farside.v1.ProcessServerAssignment.groups:type_name -> farside.v1.GroupAssignment
+	7,  // 17: farside.v1.Stream.master_target:type_name -> farside.v1.Peer
+	32, // 18: farside.v1.Stream.codec:type_name -> farside.v1.Codec
+	16, // 19: farside.v1.MasterTargetAssignment.machines:type_name -> farside.v1.TargetMachine
+	17, // 20: farside.v1.MasterTargetAssignment.views:type_name -> farside.v1.ViewAssignment
+	31, // 21: farside.v1.TargetMachine.disks:type_name -> farside.v1.Disk
+	35, // 22: farside.v1.ViewAssignment.selector:type_name -> farside.v1.Selector
+	36, // 23: farside.v1.ViewAssignment.resolved:type_name -> farside.v1.Position
+	20, // 24: farside.v1.ReportRequest.report:type_name -> farside.v1.Report
+	30, // 25: farside.v1.Report.host:type_name -> farside.v1.HostInfo
+	37, // 26: farside.v1.Report.notices:type_name -> farside.v1.Notice
+	21, // 27: farside.v1.Report.agent:type_name -> farside.v1.AgentReport
+	24, // 28: farside.v1.Report.process_server:type_name -> farside.v1.ProcessServerReport
+	26, // 29: farside.v1.Report.master_target:type_name -> farside.v1.MasterTargetReport
+	38, // 30: farside.v1.AgentReport.phase:type_name -> farside.v1.Phase
+	39, // 31: farside.v1.AgentReport.progress:type_name -> farside.v1.Progress
+	40, // 32: farside.v1.AgentReport.rpo:type_name -> farside.v1.Rpo
+	41, // 33: farside.v1.AgentReport.disks:type_name -> farside.v1.DiskStatus
+	42, // 34: farside.v1.AgentReport.discovered:type_name -> farside.v1.DiscoveredDisk
+	43, // 35: farside.v1.AgentReport.counters:type_name -> farside.v1.Counters
+	36, // 36: farside.v1.AgentReport.built:type_name -> farside.v1.Position
+	36, // 37: farside.v1.AgentReport.stored:type_name -> farside.v1.Position
+	36, // 38: farside.v1.AgentReport.durable:type_name -> farside.v1.Position
+	22, // 39: farside.v1.AgentReport.capture:type_name -> farside.v1.CaptureStatus
+	23, // 40: farside.v1.AgentReport.tags:type_name -> farside.v1.TagResult
+	37, // 41: farside.v1.AgentReport.events:type_name -> farside.v1.Notice
+	36, // 42: farside.v1.TagResult.position:type_name -> farside.v1.Position
+	33, // 43: farside.v1.TagResult.consistency:type_name -> farside.v1.Consistency
+	25, // 44: farside.v1.ProcessServerReport.streams:type_name -> farside.v1.StreamStatus
+	44, // 45: farside.v1.ProcessServerReport.group_tags:type_name -> farside.v1.GroupTagResult
+	36, // 46: farside.v1.StreamStatus.stored:type_name -> farside.v1.Position
+	36, // 47: farside.v1.StreamStatus.durable:type_name -> farside.v1.Position
+	27, // 48: farside.v1.MasterTargetReport.machines:type_name -> farside.v1.TargetStatus
+	28, // 49: farside.v1.MasterTargetReport.views:type_name -> farside.v1.ViewStatus
+	36, // 50: farside.v1.TargetStatus.head:type_name -> farside.v1.Position
+	45, // 51: farside.v1.TargetStatus.newest:type_name -> farside.v1.Point
+	36, // 52: farside.v1.TargetStatus.horizon:type_name -> farside.v1.Position
+	46, // 53: farside.v1.TargetStatus.spans:type_name -> farside.v1.Span
+	47, // 54: farside.v1.TargetStatus.tags:type_name -> farside.v1.TagPoint
+	31, // 55: farside.v1.TargetStatus.disks:type_name -> farside.v1.Disk
+	48, // 56: farside.v1.ViewStatus.state:type_name -> farside.v1.ViewState
+	36, // 57: farside.v1.ViewStatus.position:type_name -> farside.v1.Position
+	49, // 58: farside.v1.ViewStatus.exports:type_name -> farside.v1.Export
+	0,  // 59: farside.v1.NodeService.Join:input_type -> farside.v1.JoinRequest
+	2,  // 60: farside.v1.NodeService.Renew:input_type -> farside.v1.RenewRequest
+	4,  // 61: farside.v1.NodeService.Watch:input_type -> farside.v1.WatchRequest
+	18, // 62: farside.v1.NodeService.Report:input_type -> farside.v1.ReportRequest
+	1,  // 63: farside.v1.NodeService.Join:output_type -> farside.v1.JoinResponse
+	3,  // 64: farside.v1.NodeService.Renew:output_type -> farside.v1.RenewResponse
+	5,  // 65: farside.v1.NodeService.Watch:output_type -> farside.v1.WatchResponse
+	19, // 66: farside.v1.NodeService.Report:output_type -> farside.v1.ReportResponse
+	63, // [63:67] is the sub-list for method output_type
+	59, // [59:63] is the sub-list for method input_type
+	59, // [59:59] is the sub-list for extension type_name
+	59, // [59:59] is the sub-list for extension extendee
+	0,  // [0:59] is the sub-list for field type_name
 }
 
 func init() { file_farside_v1_node_proto_init() }
@@ -2837,6 +2861,7 @@ func file_farside_v1_node_proto_init() {
 	if File_farside_v1_node_proto != nil {
 		return
 	}
+	file_farside_v1_group_proto_init()
 	file_farside_v1_types_proto_init()
 	file_farside_v1_node_proto_msgTypes[6].OneofWrappers = []any{
 		(*Assignment_Agent)(nil),

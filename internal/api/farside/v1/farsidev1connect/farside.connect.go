@@ -59,6 +59,19 @@ const (
 	FarsideServiceListPointsProcedure = "/farside.v1.FarsideService/ListPoints"
 	// FarsideServiceTagPointProcedure is the fully-qualified name of the FarsideService's TagPoint RPC.
 	FarsideServiceTagPointProcedure = "/farside.v1.FarsideService/TagPoint"
+	// FarsideServiceSetGroupProcedure is the fully-qualified name of the FarsideService's SetGroup RPC.
+	FarsideServiceSetGroupProcedure = "/farside.v1.FarsideService/SetGroup"
+	// FarsideServiceDeleteGroupProcedure is the fully-qualified name of the FarsideService's
+	// DeleteGroup RPC.
+	FarsideServiceDeleteGroupProcedure = "/farside.v1.FarsideService/DeleteGroup"
+	// FarsideServiceListGroupsProcedure is the fully-qualified name of the FarsideService's ListGroups
+	// RPC.
+	FarsideServiceListGroupsProcedure = "/farside.v1.FarsideService/ListGroups"
+	// FarsideServiceTagGroupProcedure is the fully-qualified name of the FarsideService's TagGroup RPC.
+	FarsideServiceTagGroupProcedure = "/farside.v1.FarsideService/TagGroup"
+	// FarsideServiceListGroupPointsProcedure is the fully-qualified name of the FarsideService's
+	// ListGroupPoints RPC.
+	FarsideServiceListGroupPointsProcedure = "/farside.v1.FarsideService/ListGroupPoints"
 	// FarsideServiceOpenViewProcedure is the fully-qualified name of the FarsideService's OpenView RPC.
 	FarsideServiceOpenViewProcedure = "/farside.v1.FarsideService/OpenView"
 	// FarsideServiceCloseViewProcedure is the fully-qualified name of the FarsideService's CloseView
@@ -93,6 +106,16 @@ type FarsideServiceClient interface {
 	ListPoints(context.Context, *v1.ListPointsRequest) (*v1.ListPointsResponse, error)
 	// TagPoint places a tag and waits until it is durable on the far side.
 	TagPoint(context.Context, *v1.TagPointRequest) (*v1.TagPointResponse, error)
+	// SetGroup makes a replication group, or changes the one of that name.
+	SetGroup(context.Context, *v1.SetGroupRequest) (*v1.SetGroupResponse, error)
+	// DeleteGroup ends a group. Its machines and their points stay.
+	DeleteGroup(context.Context, *v1.DeleteGroupRequest) (*v1.DeleteGroupResponse, error)
+	// ListGroups lists the groups.
+	ListGroups(context.Context, *v1.ListGroupsRequest) (*v1.ListGroupsResponse, error)
+	// TagGroup tags all machines of a group at one instant and waits until all tags are durable.
+	TagGroup(context.Context, *v1.TagGroupRequest) (*v1.TagGroupResponse, error)
+	// ListGroupPoints lists the tags of a group.
+	ListGroupPoints(context.Context, *v1.ListGroupPointsRequest) (*v1.ListGroupPointsResponse, error)
 	// OpenView opens a machine's disks as they were at a point.
 	OpenView(context.Context, *v1.OpenViewRequest) (*v1.OpenViewResponse, error)
 	// CloseView closes a view and throws its branch away.
@@ -168,6 +191,36 @@ func NewFarsideServiceClient(httpClient connect.HTTPClient, baseURL string, opts
 			connect.WithSchema(farsideServiceMethods.ByName("TagPoint")),
 			connect.WithClientOptions(opts...),
 		),
+		setGroup: connect.NewClient[v1.SetGroupRequest, v1.SetGroupResponse](
+			httpClient,
+			baseURL+FarsideServiceSetGroupProcedure,
+			connect.WithSchema(farsideServiceMethods.ByName("SetGroup")),
+			connect.WithClientOptions(opts...),
+		),
+		deleteGroup: connect.NewClient[v1.DeleteGroupRequest, v1.DeleteGroupResponse](
+			httpClient,
+			baseURL+FarsideServiceDeleteGroupProcedure,
+			connect.WithSchema(farsideServiceMethods.ByName("DeleteGroup")),
+			connect.WithClientOptions(opts...),
+		),
+		listGroups: connect.NewClient[v1.ListGroupsRequest, v1.ListGroupsResponse](
+			httpClient,
+			baseURL+FarsideServiceListGroupsProcedure,
+			connect.WithSchema(farsideServiceMethods.ByName("ListGroups")),
+			connect.WithClientOptions(opts...),
+		),
+		tagGroup: connect.NewClient[v1.TagGroupRequest, v1.TagGroupResponse](
+			httpClient,
+			baseURL+FarsideServiceTagGroupProcedure,
+			connect.WithSchema(farsideServiceMethods.ByName("TagGroup")),
+			connect.WithClientOptions(opts...),
+		),
+		listGroupPoints: connect.NewClient[v1.ListGroupPointsRequest, v1.ListGroupPointsResponse](
+			httpClient,
+			baseURL+FarsideServiceListGroupPointsProcedure,
+			connect.WithSchema(farsideServiceMethods.ByName("ListGroupPoints")),
+			connect.WithClientOptions(opts...),
+		),
 		openView: connect.NewClient[v1.OpenViewRequest, v1.OpenViewResponse](
 			httpClient,
 			baseURL+FarsideServiceOpenViewProcedure,
@@ -206,6 +259,11 @@ type farsideServiceClient struct {
 	unprotectMachine       *connect.Client[v1.UnprotectMachineRequest, v1.UnprotectMachineResponse]
 	listPoints             *connect.Client[v1.ListPointsRequest, v1.ListPointsResponse]
 	tagPoint               *connect.Client[v1.TagPointRequest, v1.TagPointResponse]
+	setGroup               *connect.Client[v1.SetGroupRequest, v1.SetGroupResponse]
+	deleteGroup            *connect.Client[v1.DeleteGroupRequest, v1.DeleteGroupResponse]
+	listGroups             *connect.Client[v1.ListGroupsRequest, v1.ListGroupsResponse]
+	tagGroup               *connect.Client[v1.TagGroupRequest, v1.TagGroupResponse]
+	listGroupPoints        *connect.Client[v1.ListGroupPointsRequest, v1.ListGroupPointsResponse]
 	openView               *connect.Client[v1.OpenViewRequest, v1.OpenViewResponse]
 	closeView              *connect.Client[v1.CloseViewRequest, v1.CloseViewResponse]
 	listViews              *connect.Client[v1.ListViewsRequest, v1.ListViewsResponse]
@@ -293,6 +351,51 @@ func (c *farsideServiceClient) TagPoint(ctx context.Context, req *v1.TagPointReq
 	return nil, err
 }
 
+// SetGroup calls farside.v1.FarsideService.SetGroup.
+func (c *farsideServiceClient) SetGroup(ctx context.Context, req *v1.SetGroupRequest) (*v1.SetGroupResponse, error) {
+	response, err := c.setGroup.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
+// DeleteGroup calls farside.v1.FarsideService.DeleteGroup.
+func (c *farsideServiceClient) DeleteGroup(ctx context.Context, req *v1.DeleteGroupRequest) (*v1.DeleteGroupResponse, error) {
+	response, err := c.deleteGroup.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
+// ListGroups calls farside.v1.FarsideService.ListGroups.
+func (c *farsideServiceClient) ListGroups(ctx context.Context, req *v1.ListGroupsRequest) (*v1.ListGroupsResponse, error) {
+	response, err := c.listGroups.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
+// TagGroup calls farside.v1.FarsideService.TagGroup.
+func (c *farsideServiceClient) TagGroup(ctx context.Context, req *v1.TagGroupRequest) (*v1.TagGroupResponse, error) {
+	response, err := c.tagGroup.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
+// ListGroupPoints calls farside.v1.FarsideService.ListGroupPoints.
+func (c *farsideServiceClient) ListGroupPoints(ctx context.Context, req *v1.ListGroupPointsRequest) (*v1.ListGroupPointsResponse, error) {
+	response, err := c.listGroupPoints.CallUnary(ctx, connect.NewRequest(req))
+	if response != nil {
+		return response.Msg, err
+	}
+	return nil, err
+}
+
 // OpenView calls farside.v1.FarsideService.OpenView.
 func (c *farsideServiceClient) OpenView(ctx context.Context, req *v1.OpenViewRequest) (*v1.OpenViewResponse, error) {
 	response, err := c.openView.CallUnary(ctx, connect.NewRequest(req))
@@ -350,6 +453,16 @@ type FarsideServiceHandler interface {
 	ListPoints(context.Context, *v1.ListPointsRequest) (*v1.ListPointsResponse, error)
 	// TagPoint places a tag and waits until it is durable on the far side.
 	TagPoint(context.Context, *v1.TagPointRequest) (*v1.TagPointResponse, error)
+	// SetGroup makes a replication group, or changes the one of that name.
+	SetGroup(context.Context, *v1.SetGroupRequest) (*v1.SetGroupResponse, error)
+	// DeleteGroup ends a group. Its machines and their points stay.
+	DeleteGroup(context.Context, *v1.DeleteGroupRequest) (*v1.DeleteGroupResponse, error)
+	// ListGroups lists the groups.
+	ListGroups(context.Context, *v1.ListGroupsRequest) (*v1.ListGroupsResponse, error)
+	// TagGroup tags all machines of a group at one instant and waits until all tags are durable.
+	TagGroup(context.Context, *v1.TagGroupRequest) (*v1.TagGroupResponse, error)
+	// ListGroupPoints lists the tags of a group.
+	ListGroupPoints(context.Context, *v1.ListGroupPointsRequest) (*v1.ListGroupPointsResponse, error)
 	// OpenView opens a machine's disks as they were at a point.
 	OpenView(context.Context, *v1.OpenViewRequest) (*v1.OpenViewResponse, error)
 	// CloseView closes a view and throws its branch away.
@@ -421,6 +534,36 @@ func NewFarsideServiceHandler(svc FarsideServiceHandler, opts ...connect.Handler
 		connect.WithSchema(farsideServiceMethods.ByName("TagPoint")),
 		connect.WithHandlerOptions(opts...),
 	)
+	farsideServiceSetGroupHandler := connect.NewUnaryHandlerSimple(
+		FarsideServiceSetGroupProcedure,
+		svc.SetGroup,
+		connect.WithSchema(farsideServiceMethods.ByName("SetGroup")),
+		connect.WithHandlerOptions(opts...),
+	)
+	farsideServiceDeleteGroupHandler := connect.NewUnaryHandlerSimple(
+		FarsideServiceDeleteGroupProcedure,
+		svc.DeleteGroup,
+		connect.WithSchema(farsideServiceMethods.ByName("DeleteGroup")),
+		connect.WithHandlerOptions(opts...),
+	)
+	farsideServiceListGroupsHandler := connect.NewUnaryHandlerSimple(
+		FarsideServiceListGroupsProcedure,
+		svc.ListGroups,
+		connect.WithSchema(farsideServiceMethods.ByName("ListGroups")),
+		connect.WithHandlerOptions(opts...),
+	)
+	farsideServiceTagGroupHandler := connect.NewUnaryHandlerSimple(
+		FarsideServiceTagGroupProcedure,
+		svc.TagGroup,
+		connect.WithSchema(farsideServiceMethods.ByName("TagGroup")),
+		connect.WithHandlerOptions(opts...),
+	)
+	farsideServiceListGroupPointsHandler := connect.NewUnaryHandlerSimple(
+		FarsideServiceListGroupPointsProcedure,
+		svc.ListGroupPoints,
+		connect.WithSchema(farsideServiceMethods.ByName("ListGroupPoints")),
+		connect.WithHandlerOptions(opts...),
+	)
 	farsideServiceOpenViewHandler := connect.NewUnaryHandlerSimple(
 		FarsideServiceOpenViewProcedure,
 		svc.OpenView,
@@ -465,6 +608,16 @@ func NewFarsideServiceHandler(svc FarsideServiceHandler, opts ...connect.Handler
 			farsideServiceListPointsHandler.ServeHTTP(w, r)
 		case FarsideServiceTagPointProcedure:
 			farsideServiceTagPointHandler.ServeHTTP(w, r)
+		case FarsideServiceSetGroupProcedure:
+			farsideServiceSetGroupHandler.ServeHTTP(w, r)
+		case FarsideServiceDeleteGroupProcedure:
+			farsideServiceDeleteGroupHandler.ServeHTTP(w, r)
+		case FarsideServiceListGroupsProcedure:
+			farsideServiceListGroupsHandler.ServeHTTP(w, r)
+		case FarsideServiceTagGroupProcedure:
+			farsideServiceTagGroupHandler.ServeHTTP(w, r)
+		case FarsideServiceListGroupPointsProcedure:
+			farsideServiceListGroupPointsHandler.ServeHTTP(w, r)
 		case FarsideServiceOpenViewProcedure:
 			farsideServiceOpenViewHandler.ServeHTTP(w, r)
 		case FarsideServiceCloseViewProcedure:
@@ -516,6 +669,26 @@ func (UnimplementedFarsideServiceHandler) ListPoints(context.Context, *v1.ListPo
 
 func (UnimplementedFarsideServiceHandler) TagPoint(context.Context, *v1.TagPointRequest) (*v1.TagPointResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("farside.v1.FarsideService.TagPoint is not implemented"))
+}
+
+func (UnimplementedFarsideServiceHandler) SetGroup(context.Context, *v1.SetGroupRequest) (*v1.SetGroupResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("farside.v1.FarsideService.SetGroup is not implemented"))
+}
+
+func (UnimplementedFarsideServiceHandler) DeleteGroup(context.Context, *v1.DeleteGroupRequest) (*v1.DeleteGroupResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("farside.v1.FarsideService.DeleteGroup is not implemented"))
+}
+
+func (UnimplementedFarsideServiceHandler) ListGroups(context.Context, *v1.ListGroupsRequest) (*v1.ListGroupsResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("farside.v1.FarsideService.ListGroups is not implemented"))
+}
+
+func (UnimplementedFarsideServiceHandler) TagGroup(context.Context, *v1.TagGroupRequest) (*v1.TagGroupResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("farside.v1.FarsideService.TagGroup is not implemented"))
+}
+
+func (UnimplementedFarsideServiceHandler) ListGroupPoints(context.Context, *v1.ListGroupPointsRequest) (*v1.ListGroupPointsResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("farside.v1.FarsideService.ListGroupPoints is not implemented"))
 }
 
 func (UnimplementedFarsideServiceHandler) OpenView(context.Context, *v1.OpenViewRequest) (*v1.OpenViewResponse, error) {
