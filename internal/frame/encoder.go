@@ -94,14 +94,7 @@ func (e *Encoder) Add(x dr.Extent, what dr.What, time int64, data []byte) (dr.Se
 	e.h.Extents++
 	e.raw = append(e.raw, data...)
 
-	var b [entrySize]byte
-	le.PutUint16(b[0:], uint16(x.Disk))
-	b[2] = byte(what)
-	le.PutUint32(b[4:], uint32(x.Length/dr.SectorSize))
-	le.PutUint64(b[8:], uint64(x.Offset))
-	le.PutUint32(b[16:], uint32(e.h.Last-e.h.First))
-	le.PutUint64(b[24:], uint64(time-e.h.FirstTime))
-	e.table = append(e.table, b[:]...)
+	e.table = appendEntry(e.table, Extent{Extent: x, What: what, Seq: e.h.Last, Time: time}, e.h.First, e.h.FirstTime)
 	return e.h.Last, nil
 }
 
@@ -150,7 +143,7 @@ func (e *Encoder) single(kind Kind, time int64, open bool) {
 func (e *Encoder) finish() []byte {
 	e.h.RawLen = len(e.raw)
 	e.h.Chain = chain(e.at.Chain, &e.h, e.table, e.raw)
-	b := assemble(&e.h, e.table, e.raw)
+	b := assemble(&e.h, e.table, e.raw, e.h.Codec.Compression())
 	e.at = e.h.End()
 	e.begun = false
 	return b

@@ -11,17 +11,9 @@ import (
 	"farside/internal/dr"
 )
 
-// The zstd coders are made once and used by all: EncodeAll and DecodeAll are
-// safe for concurrent use.
+// The zstd decoder is made once and used by all: DecodeAll is safe for
+// concurrent use.
 var (
-	zstdEncoder = sync.OnceValue(func() *zstd.Encoder {
-		e, err := zstd.NewWriter(nil, zstd.WithEncoderLevel(zstd.SpeedFastest), zstd.WithEncoderCRC(false),
-			zstd.WithWindowSize(BlockSize))
-		if err != nil {
-			panic(err) // the options are constants
-		}
-		return e
-	})
 	zstdDecoder = sync.OnceValue(func() *zstd.Decoder {
 		d, err := zstd.NewReader(nil, zstd.WithDecoderConcurrency(0), zstd.WithDecodeAllCapLimit(true),
 			zstd.WithDecoderMaxWindow(1<<20))
@@ -154,13 +146,19 @@ func chain(prev [32]byte, h *Header, table, raw []byte) (out [32]byte) {
 	return out
 }
 
-// Recode returns the same frame with its payload stored by codec c. A block
-// that does not shrink is stored plain; the chain stays.
+// Recode returns the same frame with its payload stored by codec c, with the
+// least work. A block that does not shrink is stored plain; the chain stays.
 func (f *Frame) Recode(c Codec) ([]byte, error) {
-	if f.Kind == TagKind || c > S2 {
-		c = f.Codec
+	if c == f.Codec || c > S2 {
+		return f.b, f.Verify()
 	}
-	if c == f.Codec {
+	return f.Compress(c.Compression())
+}
+
+// Compress is Recode with a choice of how much work is done. It works on a
+// frame of any codec.
+func (f *Frame) Compress(c Compression) ([]byte, error) {
+	if f.Kind == TagKind || f.RawLen == 0 || c > MostCompression {
 		return f.b, f.Verify()
 	}
 	raw, err := f.Payload(make([]byte, 0, f.RawLen))
@@ -168,13 +166,13 @@ func (f *Frame) Recode(c Codec) ([]byte, error) {
 		return nil, err
 	}
 	h := f.Header
-	h.Codec = c
-	return assemble(&h, f.b[HeaderSize:HeaderSize+entrySize*h.Extents], raw), nil
+	h.Codec = c.Codec()
+	return assemble(&h, f.b[HeaderSize:HeaderSize+entrySize*h.Extents], raw, c), nil
 }
 
 // assemble lays out a frame: it fills in StoredLen, both checksums and the
-// block table. h, table and raw must agree otherwise.
-func assemble(h *Header, table, raw []byte) []byte {
+// block table. h, table and raw must agree otherwise, and c with the codec of h.
+func assemble(h *Header, table, raw []byte, c Compression) []byte {
 	h.StoredLen = len(raw) // the most it can be
 	b := make([]byte, h.Size())
 	copy(b[HeaderSize:], table)
@@ -182,7 +180,7 @@ func assemble(h *Header, table, raw []byte) []byte {
 	entries := b[HeaderSize+len(table) : at]
 	for i := range h.blocks() {
 		part := raw[i*BlockSize : min(len(raw), (i+1)*BlockSize)]
-		n, plain := encode(h.Codec, part, b[at:])
+		n, plain := encode(c, part, b[at:])
 		le.PutUint32(entries[blockSize*i+4:], checksum(b[at:at+n]))
 		word := uint32(n)
 		if plain {
@@ -199,25 +197,6 @@ func assemble(h *Header, table, raw []byte) []byte {
 		return append([]byte(nil), b[:at]...) // don't hold twice the memory while it is queued
 	}
 	return b[:at:at]
-}
-
-// encode stores part at the start of room, which has space for it as it is,
-// and says how long it is and whether it is plain in spite of the codec.
-func encode(c Codec, part, room []byte) (n int, plain bool) {
-	var out []byte
-	switch c {
-	case Zstd:
-		out = zstdEncoder().EncodeAll(part, room[:0:len(part)])
-	case S2:
-		out = s2.Encode(nil, part) // it wants more room than part has
-	}
-	if c == None || len(out) >= len(part) {
-		return copy(room, part), c != None
-	}
-	if &out[0] != &room[0] {
-		copy(room, out)
-	}
-	return len(out), false
 }
 
 func grow(b []byte, n int) []byte {
