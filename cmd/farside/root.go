@@ -50,6 +50,7 @@ Start with "farside demo". Exit codes: 0 done, 1 failed, 2 wrong usage or input,
 		newCheck(a),
 		newInspect(a),
 		newVersion(a),
+		newWatchdog(),
 	)
 	return root
 }
