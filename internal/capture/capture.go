@@ -212,11 +212,12 @@ type Stats struct {
 }
 
 // DiskStats let the accounting cross-check compare what the driver saw with
-// what the kernel counted, both since the Source was made. The kernel counts
-// at completion, so the two agree only when nothing is in flight.
+// what the kernel counted, both since the capture was made (by an earlier process,
+// if this one adopted it). docs/capture.md says when they may differ.
 type DiskStats struct {
-	ID          dr.DiskID
-	SeenWrites  uint64 // submissions of data or zeroes, captured or marked
-	SeenBytes   uint64
-	KernelBytes uint64 // bytes that the kernel counted as written
+	ID           dr.DiskID
+	SeenWrites   uint64 // submissions of data, zeroes or secure erase, captured or marked
+	SeenBytes    uint64
+	KernelWrites uint64 // writes that the kernel counted, each piece of a divided one
+	KernelBytes  uint64 // bytes that the kernel counted as written
 }

@@ -43,6 +43,17 @@ func (o *Oracle) Sync() {
 // images are right again when the stream has passed where it was.
 func (o *Oracle) Again(n int) { o.next, o.part = o.next-n, 0 }
 
+// Skip takes the next n writes as handed over.
+func (o *Oracle) Skip(n int) {
+	for ; n > 0; n-- {
+		o.put(o.log[o.next], 0, o.log[o.next].Extent.Length)
+		o.next, o.part = o.next+1, 0
+	}
+}
+
+// Rest returns the writes that the stream still owes.
+func (o *Oracle) Rest() []Op { return o.log[o.next:] }
+
 // Due returns how many writes the stream still owes.
 func (o *Oracle) Due() int { return len(o.log) - o.next }
 

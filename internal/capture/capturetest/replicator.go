@@ -78,6 +78,9 @@ func (r *Replicator) Adopt(src capture.Source) {
 	r.clearWritten()
 }
 
+// MustSync says that changes may be missing: the copy is exact after the next Close.
+func (r *Replicator) MustSync() { r.open = true }
+
 // Exact reports whether the copy stands at an exact position.
 func (r *Replicator) Exact() bool { return !r.open }
 

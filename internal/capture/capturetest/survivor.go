@@ -185,16 +185,6 @@ func testHold(t *testing.T, f MachineFactory) {
 	}
 }
 
-// overflow writes until the Source overflows while nobody reads.
-func overflow(t *testing.T, m *Machine, w *writer) (writes int) {
-	t.Helper()
-	for range 2000 { // far more than the ring holds
-		w.write(0, int64(writes%256)*4096, 4096)
-		writes++
-	}
-	return writes
-}
-
 // testLostMeanwhile: the ring runs over while there is no process.
 func testLostMeanwhile(t *testing.T, f MachineFactory) {
 	m := f(t, Config{Sizes: []int64{4 * mib}, Ring: mib})
@@ -203,10 +193,11 @@ func testLostMeanwhile(t *testing.T, f MachineFactory) {
 	must(t, r.MarkAll())
 	must(t, r.Close(deadline(t, time.Minute)))
 	s.Release(s.Position())
-	at := s.Position()
+	at, w := s.Position(), newWriter(t, m.target(s))
 	must(t, s.Close())
-	w := newWriter(t, m.target(s))
-	overflow(t, m, w)
+	for i := range int64(1000) { // far more than the ring holds
+		w.write(0, i%256*4096, 4096)
+	}
 	s = m.open(t, holding)
 	if !s.Adopted() || s.Position() != at || s.Stats().Mode != capture.ModeBitmap {
 		t.Fatalf("adopted %v at %d, want %d, %+v", s.Adopted(), s.Position(), at, s.Stats())

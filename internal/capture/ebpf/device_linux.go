@@ -29,7 +29,7 @@ type device struct {
 	sysfs string // directory of the device
 	whole string // directory of the whole disk
 	mq    bool   // uses requests
-	base  uint64 // bytes that the kernel had counted as written when the capture began
+	seq   uint64 // of the whole disk: another one after a change of medium, or of a loop device's file; 0 before Linux 5.15
 }
 
 // openDevice opens the block device of d for reading and finds its place on its
@@ -88,7 +88,17 @@ func (d *device) identify() error {
 		return err
 	}
 	d.mq = exists(d.whole + "/mq")
-	return nil
+	d.seq, err = d.readSeq()
+	return err
+}
+
+// readSeq returns the number that the kernel gave to the disk's present medium.
+func (d *device) readSeq() (uint64, error) {
+	n, err := readNumber(d.whole + "/diskseq")
+	if errors.Is(err, fs.ErrNotExist) && exists(d.whole) {
+		return 0, nil
+	}
+	return n, err
 }
 
 // refuse says why the disk in a sysfs directory can't be captured, if so.
@@ -172,18 +182,28 @@ func (d *device) writesInFlight() (int, error) {
 	return writes, nil
 }
 
-// writtenBytes returns what the kernel has counted since the device came up.
-func (d *device) writtenBytes() (uint64, error) {
+// written returns what the kernel has counted since the device came up: bytes, and
+// writes as they were submitted (those that it merged count apart).
+func (d *device) written() (bytes, writes uint64, err error) {
 	text, err := os.ReadFile(d.sysfs + "/stat")
 	if err != nil {
-		return 0, err
+		return 0, 0, err
 	}
-	fields := strings.Fields(string(text))
+	return parseStat(string(text))
+}
+
+func parseStat(text string) (bytes, writes uint64, err error) {
+	fields := strings.Fields(text)
 	if len(fields) < 7 {
-		return 0, fmt.Errorf("read %s/stat: %d fields: %w", d.sysfs, len(fields), dr.ErrInvalid)
+		return 0, 0, fmt.Errorf("read block statistics: %d fields: %w", len(fields), dr.ErrInvalid)
 	}
-	sectors, err := strconv.ParseUint(fields[6], 10, 64)
-	return sectors * dr.SectorSize, err
+	var n [3]uint64 // writes, merged ones, sectors
+	for i := range n {
+		if n[i], err = strconv.ParseUint(fields[4+i], 10, 64); err != nil {
+			return 0, 0, fmt.Errorf("read block statistics: %w: %w", err, dr.ErrInvalid)
+		}
+	}
+	return n[2] * dr.SectorSize, n[0] + n[1], nil
 }
 
 // directAlign is an alignment of memory that is enough for O_DIRECT.

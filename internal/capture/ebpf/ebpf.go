@@ -2,13 +2,15 @@
 // Linux kernel by programs on the block layer's tracepoints: no kernel module,
 // no reboot, no re-mount. docs/capture.md tells how, and what is proven.
 //
-// Main types: Options and Open, which returns a capture.Source. The programs are
+// Main types: Options and Open, which returns a capture.Source, or a
+// capture.Survivor. The programs are
 // in bpf/ and come compiled; building Farside needs no clang.
 //
 // The package does not capture device mapper, MD and zoned devices (it refuses
 // them), what bypasses the block layer (SG and NVMe passthrough, DAX), or
-// anything before Open and after Close. It pins nothing in the kernel: when the
-// process ends, the capture ends.
+// anything before Open. Without Options.Pin it leaves nothing in the kernel: when the
+// process ends, the capture ends. With it, the capture goes on until Forget
+// or a reboot.
 //
 // A Source is safe for concurrent use as package capture says. It starts no
 // goroutine.
@@ -38,6 +40,15 @@ type Options struct {
 	// Resume answers dr.ErrUnsupported. For machines where data can't be had,
 	// such as under lockdown "confidentiality", and for measuring.
 	BitmapOnly bool
+
+	// Pin is a directory on a BPF file system (see MountFileSystem) in which the capture
+	// survives this process; it is made if need be and belongs to one capture.
+	// The Source is a capture.Survivor then. Default: none, nothing survives.
+	Pin string
+	// Hold leaves events in the buffer until Survivor.Release. With Pin only.
+	Hold bool
+	// Memory is the size of Survivor.Memory in bytes, at most 64 MiB. With Pin only.
+	Memory int
 }
 
 const (
@@ -46,6 +57,7 @@ const (
 	minBlock     = 4096
 	maxBitmap    = 8 << 20 // bytes, for the default block size
 	smallMachine = 8 << 30
+	maxMemory    = 64 << 20
 )
 
 // withDefaults fills in and checks o for disks of total bytes on a machine with
@@ -68,6 +80,9 @@ func (o Options) withDefaults(total, memory int64) (Options, error) {
 	}
 	if o.BlockSize < dr.SectorSize || o.BlockSize&(o.BlockSize-1) != 0 {
 		return o, fmt.Errorf("block size %d: want a power of two of at least %d: %w", o.BlockSize, dr.SectorSize, dr.ErrInvalid)
+	}
+	if o.Pin == "" && (o.Hold || o.Memory != 0) || o.Memory < 0 || o.Memory > maxMemory {
+		return o, fmt.Errorf("hold %v, memory of %d bytes, pins %q: need pins and at most 64 MiB: %w", o.Hold, o.Memory, o.Pin, dr.ErrInvalid)
 	}
 	return o, nil
 }

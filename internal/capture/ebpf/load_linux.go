@@ -56,6 +56,11 @@ type loaded struct {
 	bitmap  []byte
 	rings   [][]byte
 	ring    ring
+	notes   *notes
+
+	// Only of what is pinned.
+	notesMap *ebpf.Map
+	notesMem []byte
 }
 
 // kernelTypes reads the kernel's description of itself and checks what the programs
@@ -121,11 +126,49 @@ func load(kernel *btf.Spec, devs []*device, o Options, at addresses) (*loaded, e
 	if err := spec.LoadAndAssign(&l.objs, &ebpf.CollectionOptions{Programs: ebpf.ProgramOptions{KernelTypes: kernel}}); err != nil {
 		return nil, explain("load programs", err)
 	}
-	if err := l.mapMemory(words, o); err != nil {
+	if err := l.mapMemory(words, o.RingBytes); err != nil {
 		l.close()
 		return nil, fmt.Errorf("map memory: %w", err)
 	}
+	if err := l.takeNotes(o); err != nil {
+		l.close()
+		return nil, err
+	}
+	if err := l.notes.begin(metaOf(devs, o)); err != nil {
+		l.close()
+		return nil, err
+	}
 	return l, nil
+}
+
+// takeNotes makes the notes: in memory that can be pinned if the capture is to survive.
+func (l *loaded) takeNotes(o Options) (err error) {
+	if o.Pin == "" {
+		l.notes = new(notes)
+		return nil
+	}
+	if l.notesMap, err = newMemory("notes", notesSize); err != nil {
+		return err
+	}
+	if l.notesMem, err = unix.Mmap(l.notesMap.FD(), 0, notesSize, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED); err != nil {
+		return fmt.Errorf("map notes: %w", err)
+	}
+	l.notes = notesIn(l.notesMem)
+	return nil
+}
+
+// mmapable is BPF_F_MMAPABLE.
+const mmapable = 1 << 10
+
+// newMemory makes a map that is nothing but memory of at least size bytes.
+func newMemory(name string, size int) (*ebpf.Map, error) {
+	m, err := ebpf.NewMap(&ebpf.MapSpec{
+		Name: name, Type: ebpf.Array, KeySize: 4, ValueSize: 8, MaxEntries: uint32((size + 7) / 8), Flags: mmapable,
+	})
+	if err != nil {
+		return nil, explain("make memory for "+name, err)
+	}
+	return m, nil
 }
 
 // explain adds to an error of the kernel's BPF side what can be done about it.
@@ -144,7 +187,7 @@ func explain(what string, err error) error {
 	return fmt.Errorf("%s: %w: %w", what, err, kind)
 }
 
-func (l *loaded) mapMemory(words int, o Options) (err error) {
+func (l *loaded) mapMemory(words int, ringBytes int64) (err error) {
 	const rw = unix.PROT_READ | unix.PROT_WRITE
 	if l.control, err = unix.Mmap(l.objs.Control.FD(), 0, pageSize, rw, unix.MAP_SHARED); err != nil {
 		return fmt.Errorf("control: %w", err)
@@ -158,12 +201,14 @@ func (l *loaded) mapMemory(words int, o Options) (err error) {
 		return fmt.Errorf("ring: %w", err)
 	}
 	l.rings = append(l.rings, consumer)
-	producer, err := unix.Mmap(l.objs.Ring.FD(), pageSize, pageSize+2*int(o.RingBytes), unix.PROT_READ, unix.MAP_SHARED)
+	// The kernel offers the data twice in a row. It is mapped once, or the process
+	// would seem to use twice the memory; ring puts together what goes round the end.
+	producer, err := unix.Mmap(l.objs.Ring.FD(), pageSize, pageSize+int(ringBytes), unix.PROT_READ, unix.MAP_SHARED)
 	if err != nil {
 		return fmt.Errorf("ring: %w", err)
 	}
 	l.rings = append(l.rings, producer)
-	l.ring = ring{consumer: word64(consumer), producer: word64(producer), data: producer[pageSize:], size: uint64(o.RingBytes)}
+	l.ring = ring{consumer: word64(consumer), producer: word64(producer), data: producer[pageSize:], size: uint64(ringBytes)}
 	return nil
 }
 
@@ -180,14 +225,17 @@ func (l *loaded) attach() error {
 	return nil
 }
 
-// close takes everything out of the kernel again.
+// close lets go of everything; what is not pinned leaves the kernel.
 func (l *loaded) close() error {
 	var errs []error
 	for i := len(l.links) - 1; i >= 0; i-- {
 		errs = append(errs, l.links[i].Close())
 	}
 	errs = append(errs, l.objs.Close())
-	for _, mem := range append(l.rings, l.control, l.bitmap) {
+	if l.notesMap != nil {
+		errs = append(errs, l.notesMap.Close())
+	}
+	for _, mem := range append(l.rings, l.control, l.bitmap, l.notesMem) {
 		if mem != nil {
 			errs = append(errs, unix.Munmap(mem))
 		}

@@ -16,51 +16,73 @@ import (
 //	u32 (the kernel's)
 //	length bytes, padded to 8
 //
-// and frees what is below the consumer's position. The data is mapped twice in a
-// row, so a record is never cut.
+// and frees what is below the consumer's position. A record that goes round the
+// end of the data is put together in a buffer.
 type ring struct {
 	consumer, producer *uint64 // shared with the kernel
-	data               []byte  // 2 * size bytes
+	data               []byte  // size bytes
 	size               uint64
 	pos                uint64 // where the next record begins; the consumer's position may lag
-	freed              uint64 // the consumer's position
+	around             []byte // holds the last record that went round the end
 }
 
 const (
 	recordBusy      = 1 << 31
 	recordDiscarded = 1 << 30
 	recordHeader    = 8
-
-	// freeStep is how much is consumed before the kernel hears of it.
-	freeStep = 1 << 20
 )
 
-// next returns the next record and steps behind it. The record is valid until
-// release. It returns nil if there is none (yet).
+// next returns the next record and steps behind it. The record is valid until its
+// place is freed, or the next one goes round the end. It returns nil if there is none (yet).
 func (r *ring) next() []byte {
 	for r.pos < atomic.LoadUint64(r.producer) {
-		at := r.pos & (r.size - 1)
-		head := atomic.LoadUint32(word32(r.data[at:]))
+		at, head := r.head(r.pos)
 		if head&recordBusy != 0 {
 			return nil // being written; its time will come
 		}
-		n := uint64(head &^ (recordBusy | recordDiscarded))
-		r.pos += (recordHeader + n + 7) &^ 7
+		n := recordLength(head)
+		r.pos += recordSize(n)
 		if head&recordDiscarded == 0 {
-			return r.data[at+recordHeader:][:n:n]
+			return r.piece(at+recordHeader, n)
 		}
 	}
 	return nil
 }
 
-// release gives everything before pos back to the kernel, if it is much or all is
-// true.
-func (r *ring) release(all bool) {
-	if r.pos-r.freed >= min(freeStep, r.size/8) || all && r.pos != r.freed {
-		atomic.StoreUint64(r.consumer, r.pos)
-		r.freed = r.pos
-	}
+// head returns where the record at pos begins in the data, and its first word.
+func (r *ring) head(pos uint64) (at uint64, head uint32) {
+	at = pos & (r.size - 1)
+	return at, atomic.LoadUint32(word32(r.data[at:]))
 }
+
+func recordLength(head uint32) uint64 { return uint64(head &^ (recordBusy | recordDiscarded)) }
+
+// recordSize is what a record of n bytes takes of the ring.
+func recordSize(n uint64) uint64 { return (recordHeader + n + 7) &^ 7 }
+
+// piece returns n bytes from at on, which may be behind the end.
+func (r *ring) piece(at, n uint64) []byte {
+	at &= r.size - 1
+	if at+n <= r.size {
+		return r.data[at:][:n:n]
+	}
+	r.around = append(r.around[:0], r.data[at:]...)
+	r.around = append(r.around, r.data[:min(at+n-r.size, r.size)]...)
+	return r.around
+}
+
+// begins reports whether a record begins, or the last one ends, at pos, which is
+// not below from, the beginning of one.
+func (r *ring) begins(from, pos uint64) bool {
+	for end := atomic.LoadUint64(r.producer); from < pos && from < end; {
+		_, head := r.head(from)
+		from += recordSize(recordLength(head))
+	}
+	return from == pos
+}
+
+// release gives everything before pos back to the kernel.
+func (r *ring) release(pos uint64) { atomic.StoreUint64(r.consumer, pos) }
 
 // header is what a record of the programs begins with (struct header of
 // bpf/capture.c).

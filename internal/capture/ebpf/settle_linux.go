@@ -55,6 +55,9 @@ func (s *source) Resume(ctx context.Context) error {
 	}
 	s.resuming.Lock()
 	defer s.resuming.Unlock()
+	if err := s.awaitLostRoom(ctx); err != nil {
+		return err
+	}
 	state := atomic.LoadUint32(s.state)
 	if state%2 == 1 {
 		s.lost.Lock()
@@ -78,6 +81,28 @@ func (s *source) Overflow() {
 	}
 }
 
+// awaitLostRoom waits until one more Lost can be kept.
+func (s *source) awaitLostRoom(ctx context.Context) error {
+	for !s.lostRoom() {
+		if err := s.pause(ctx); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// pause waits a little.
+func (s *source) pause(ctx context.Context) error {
+	select {
+	case <-time.After(settlePoll):
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-s.life.closed:
+		return fmt.Errorf("resume: capture closed: %w", dr.ErrUnavailable)
+	}
+}
+
 // settle waits until no write is in flight that Resume waits for.
 func (s *source) settle(ctx context.Context, state uint32) error {
 	for {
@@ -92,12 +117,8 @@ func (s *source) settle(ctx context.Context, state uint32) error {
 			atomic.StoreUint32(s.settled, state)
 			return nil
 		}
-		select {
-		case <-time.After(settlePoll):
-		case <-ctx.Done():
-			return ctx.Err()
-		case <-s.life.closed:
-			return fmt.Errorf("resume: capture closed: %w", dr.ErrUnavailable)
+		if err := s.pause(ctx); err != nil {
+			return err
 		}
 	}
 }
@@ -114,8 +135,11 @@ func (s *source) staleWrites(state uint32) (bool, error) {
 	for _, q := range quiet {
 		allQuiet = allQuiet && q
 	}
-	s.calm = s.calm || !pending(now, s.opened, openAge, allQuiet)
-	stale := !s.calm
+	calm := &s.notes().Calm
+	if !pending(now, s.opened, openAge, allQuiet) {
+		atomic.StoreUint64(calm, 1)
+	}
+	stale := atomic.LoadUint64(calm) == 0
 	untracked := word64(s.prog.control[controlUntrackedAt:])
 	if at := atomic.LoadUint64(untracked); at != 0 {
 		if pending(now, at, giveUpAge, allQuiet) {
@@ -124,7 +148,7 @@ func (s *source) staleWrites(state uint32) (bool, error) {
 			atomic.CompareAndSwapUint64(untracked, at, 0)
 		}
 	}
-	err = s.flights(func(bio uint64, f flight) error {
+	err = flights(s.prog.objs.Flying, func(bio uint64, f flight) error {
 		if f.State == state {
 			return nil
 		}
@@ -132,7 +156,7 @@ func (s *source) staleWrites(state uint32) (bool, error) {
 			stale = true
 			return nil
 		}
-		s.given.Add(1)
+		atomic.AddUint64(&s.notes().Given, 1)
 		if err := s.markFlight(f); err != nil {
 			return err
 		}
@@ -169,12 +193,12 @@ func (s *source) quietDisks() (map[uint32]bool, error) {
 
 // flights calls fn for each write in flight; those that begin or end meanwhile may be
 // left out.
-func (s *source) flights(fn func(bio uint64, f flight) error) error {
+func flights(m *ebpf.Map, fn func(bio uint64, f flight) error) error {
 	const batch = 1024
 	keys, values := make([]uint64, batch), make([]flight, batch)
 	var cursor ebpf.MapBatchCursor
 	for {
-		n, err := s.prog.objs.Flying.BatchLookup(&cursor, keys, values, nil)
+		n, err := m.BatchLookup(&cursor, keys, values, nil)
 		if err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
 			return fmt.Errorf("list writes in flight: %w", err)
 		}
@@ -220,7 +244,7 @@ func (s *source) sweep() {
 	s.swept = now
 	state := atomic.LoadUint32(s.state)
 	// An error only means that it is tried again.
-	_ = s.flights(func(bio uint64, f flight) error {
+	_ = flights(s.prog.objs.Flying, func(bio uint64, f flight) error {
 		if f.State != state || state%2 == 1 || now-min(f.Time, now) < uint64(leakAge) {
 			return nil
 		}

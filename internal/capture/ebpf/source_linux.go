@@ -4,11 +4,11 @@ package ebpf
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"sync"
 	"sync/atomic"
 	"time"
-	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -24,7 +24,8 @@ type source struct {
 	prog    *loaded
 	bitmap  *capture.Bitmap
 	buffers directBuffers
-	opened  uint64 // ns of the monotonic clock
+	opened  uint64  // ns of the monotonic clock
+	pins    *pinned // nil: nothing survives
 
 	state, settled *uint32 // in the programs' control; see bpf/capture.c
 
@@ -32,16 +33,11 @@ type source struct {
 	consumed atomic.Uint64 // bytes of the ring that were handed over
 	emitted  atomic.Uint64 // Lost events that were handed over
 
-	resuming sync.Mutex    // one Resume at a time
-	calm     bool          // what was in flight at Open has landed; of Resume
-	given    atomic.Uint64 // completions that Resume gave up on
-	swept    uint64        // when leaked flights were last looked for; of Next
+	resuming sync.Mutex  // one Resume at a time
+	swept    uint64      // when leaked flights were last looked for; of Next
+	started  atomic.Bool // Next was called
 
-	lost struct {
-		sync.Mutex
-		noticed uint64   // overflows for which a place in the ring is known
-		at      []uint64 // places of those that were not handed over
-	}
+	lost sync.Mutex // guards the places of Lost events in the notes, and what is released
 
 	life struct {
 		sync.Mutex
@@ -54,10 +50,12 @@ type source struct {
 
 var _ capture.Source = (*source)(nil)
 
-// Open begins to capture. Each disk's Path names a block device; its Size is
-// found, or compared if it is not 0. The error wraps dr.ErrUnsupported if this
+// Open begins to capture, or goes on with what an earlier process pinned. Each
+// disk's Path names a block device; its Size is found, or compared if it is not 0. With
+// Options.Pin the Source is a capture.Survivor. The error wraps dr.ErrUnsupported if this
 // machine or device can't be captured, dr.ErrDenied without the privileges,
-// dr.ErrNotFound, dr.ErrInvalid or dr.ErrExists if the disks are wrong.
+// dr.ErrNotFound, dr.ErrInvalid or dr.ErrExists if the disks are wrong; dr.ErrExists, too,
+// while another process has the pins.
 func Open(disks []capture.Disk, o Options) (capture.Source, error) {
 	if len(disks) == 0 || len(disks) > MaxDisks {
 		return nil, fmt.Errorf("capture %d disks: want 1 to %d: %w", len(disks), MaxDisks, dr.ErrInvalid)
@@ -70,6 +68,9 @@ func Open(disks []capture.Disk, o Options) (capture.Source, error) {
 	if err != nil {
 		closeDevices(devs)
 		return nil, fmt.Errorf("capture by eBPF: %w", err)
+	}
+	if s.pins != nil {
+		return survivor{s}, nil
 	}
 	return s, nil
 }
@@ -110,6 +111,14 @@ func open(devs []*device, o Options) (*source, error) {
 	if o.BitmapOnly {
 		o.RingBytes = minRing
 	}
+	if o.Pin != "" {
+		return openPinned(devs, o)
+	}
+	return openNew(devs, o, nil)
+}
+
+// openNew makes a new capture, and calls pin when it is attached.
+func openNew(devs []*device, o Options, pin func(*source) error) (*source, error) {
 	kernel, err := kernelTypes()
 	if err != nil {
 		return nil, err
@@ -124,25 +133,30 @@ func open(devs []*device, o Options) (*source, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &source{devs: devs, disks: disksOf(devs), opts: o, prog: l}
-	s.life.closed = make(chan struct{})
-	s.life.idle = sync.NewCond(&s.life)
-	s.state, s.settled = word32(l.control[controlState:]), word32(l.control[controlSettled:])
-	if err := s.start(); err != nil {
-		l.close()
-		return nil, err
+	s, err := newSource(devs, o, l)
+	if err == nil {
+		err = s.start(pin)
+	}
+	if err != nil {
+		return nil, errors.Join(err, l.close())
 	}
 	return s, nil
 }
 
+// newSource makes a source of what is in the kernel.
+func newSource(devs []*device, o Options, l *loaded) (*source, error) {
+	s := &source{devs: devs, disks: disksOf(devs), opts: o, prog: l, opened: l.notes.Opened}
+	s.life.closed = make(chan struct{})
+	s.life.idle = sync.NewCond(&s.life)
+	s.state, s.settled = word32(l.control[controlState:]), word32(l.control[controlSettled:])
+	var err error
+	s.bitmap, err = capture.NewBitmap(s.disks, s.opts.BlockSize, words64(l.bitmap))
+	return s, err
+}
+
 // start attaches the programs and waits where that is the only way to know what
 // was in flight.
-func (s *source) start() error {
-	words := unsafe.Slice(word64(s.prog.bitmap), len(s.prog.bitmap)/8)
-	var err error
-	if s.bitmap, err = capture.NewBitmap(s.disks, s.opts.BlockSize, words); err != nil {
-		return err
-	}
+func (s *source) start(pin func(*source) error) (err error) {
 	atomic.StoreUint32(s.settled, neverSettled)
 	if s.opts.BitmapOnly {
 		atomic.StoreUint32(s.state, 1)
@@ -151,8 +165,15 @@ func (s *source) start() error {
 		return err
 	}
 	s.opened = monotonic()
-	for _, d := range s.devs {
-		if d.base, err = d.writtenBytes(); err != nil {
+	s.notes().Opened = s.opened
+	for i, d := range s.devs {
+		base := &s.notes().Base[i]
+		if base.Bytes, base.Writes, err = d.written(); err != nil {
+			return err
+		}
+	}
+	if pin != nil {
+		if err := pin(s); err != nil {
 			return err
 		}
 	}
@@ -213,6 +234,9 @@ func (s *source) Close() error {
 	}
 	s.life.err = s.prog.close()
 	closeDevices(s.devs)
+	if s.pins != nil {
+		s.life.err = errors.Join(s.life.err, s.pins.close())
+	}
 	return s.life.err
 }
 
@@ -229,15 +253,20 @@ func (s *source) Mark(x dr.Extent) error {
 }
 
 // TakeDirty implements capture.DirtySet.
-func (s *source) TakeDirty(limit int64) ([]dr.Extent, error) {
+func (s *source) TakeDirty(limit int64) ([]dr.Extent, error) { return s.takeDirty(limit, nil) }
+
+func (s *source) takeDirty(limit int64, note func([]dr.Extent)) ([]dr.Extent, error) {
 	if err := s.enter("take dirty ranges"); err != nil {
 		return nil, err
 	}
 	defer s.leave()
-	xs := s.bitmap.Take(limit)
+	if s.lostDue() {
+		return nil, nil
+	}
+	xs := s.bitmap.TakeNoted(limit, note)
 	// A change that overflowed was marked after the state changed: if what was taken
 	// holds one whose Lost was not handed over, this sees it.
-	if overflows(atomic.LoadUint32(s.state)) == s.emitted.Load() {
+	if !s.lostDue() {
 		return xs, nil
 	}
 	for _, x := range xs {
@@ -246,6 +275,11 @@ func (s *source) TakeDirty(limit int64) ([]dr.Extent, error) {
 		}
 	}
 	return nil, nil
+}
+
+// lostDue reports whether a Lost waits to be handed over.
+func (s *source) lostDue() bool {
+	return overflows(atomic.LoadUint32(s.state)) != s.emitted.Load()
 }
 
 // Dirty implements capture.DirtySet.
@@ -281,6 +315,7 @@ func (s *source) Next(ctx context.Context, wait time.Duration, fn func(capture.E
 		return 0, err
 	}
 	defer s.leave()
+	s.started.Store(true)
 	deadline := time.Now().Add(wait)
 	for pause := pollShort; ; {
 		n, err := s.batch(fn)
@@ -313,10 +348,18 @@ const (
 	pollLong  = 5 * time.Millisecond
 )
 
+// freeStep is how much is handed over before the kernel hears of it, bytes.
+const freeStep = 1 << 20
+
 // batch hands over what is in the ring, within bounds.
 func (s *source) batch(fn func(capture.Event) error) (n int, err error) {
 	r := &s.prog.ring
-	defer r.release(true)
+	freed := s.Consumed()
+	defer func() {
+		if now := s.Consumed(); !s.opts.Hold && now != freed {
+			s.release(now)
+		}
+	}()
 	clock := time.Now().UnixNano() - int64(monotonic())
 	for size := 0; size < capture.MaxBatch; {
 		if s.lostHere(r.pos) {
@@ -342,7 +385,10 @@ func (s *source) batch(fn func(capture.Event) error) (n int, err error) {
 		n++
 		err = fn(e)
 		s.consumed.Store(r.pos)
-		r.release(false)
+		if now := s.Consumed(); !s.opts.Hold && now-freed >= min(freeStep, r.size/8) {
+			s.release(now)
+			freed = now
+		}
 		if err != nil {
 			return n, err
 		}
@@ -350,30 +396,37 @@ func (s *source) batch(fn func(capture.Event) error) (n int, err error) {
 	return n, nil
 }
 
-// lostHere reports whether a Lost belongs before the record at pos, and takes it off
-// the list.
+// lostHere reports whether a Lost belongs before the record at pos.
 func (s *source) lostHere(pos uint64) bool {
 	s.lost.Lock()
 	defer s.lost.Unlock()
 	s.noticeLocked()
-	if len(s.lost.at) == 0 || pos < s.lost.at[0] {
-		return false
-	}
-	s.lost.at = s.lost.at[1:]
-	return true
+	due := s.emitted.Load() + 1
+	return due <= s.notes().Noticed && pos >= s.notes().place(due)
 }
 
 // noticeLocked finds the place of a new overflow in the ring. Every program that
 // saw data mode has ended after the grace period, so all captured changes are below the
 // producer's position; they may precede the Lost, since each was submitted before
 // the change that overflowed was issued. Nothing follows before Resume, which
-// notices first. So there is never more than one to notice.
+// notices first. So there is never more than one to notice, also for a process that
+// finds it.
 func (s *source) noticeLocked() {
-	if n := overflows(atomic.LoadUint32(s.state)); n > s.lost.noticed {
+	n := s.notes()
+	if k := overflows(atomic.LoadUint32(s.state)); k > n.Noticed {
 		grace()
-		s.lost.at = append(s.lost.at, atomic.LoadUint64(s.prog.ring.producer))
-		s.lost.noticed = n
+		atomic.StoreUint64(&n.Lost[k%maxLosts], atomic.LoadUint64(s.prog.ring.producer))
+		atomic.StoreUint64(&n.Noticed, k)
 	}
+}
+
+// lostRoom reports whether there is room to keep the place of one more Lost: places are
+// kept until they are released.
+func (s *source) lostRoom() bool {
+	s.lost.Lock()
+	defer s.lost.Unlock()
+	_, released := s.notes().split(s.notes().Floor)
+	return s.notes().Noticed-released < maxLosts-2
 }
 
 // overflows returns how often data mode was left on the way to state.
@@ -388,7 +441,7 @@ func (s *source) Tail() uint64 {
 	s.lost.Lock()
 	defer s.lost.Unlock()
 	s.noticeLocked() // before the producer's position: a Lost that counts is below it
-	return atomic.LoadUint64(s.prog.ring.producer) + s.lost.noticed
+	return atomic.LoadUint64(s.prog.ring.producer) + s.notes().Noticed
 }
 
 // Consumed implements capture.Stream.
@@ -407,39 +460,21 @@ func (s *source) Stats() capture.Stats {
 		Settled:         state == atomic.LoadUint32(s.settled),
 		Overflows:       overflows(state),
 		RingSize:        s.opts.RingBytes,
-		LostCompletions: atomic.LoadUint64(word64(c[controlLost:])) + s.given.Load(),
+		LostCompletions: atomic.LoadUint64(word64(c[controlLost:])) + atomic.LoadUint64(&s.notes().Given),
 		Failed:          atomic.LoadUint64(word64(c[controlFailed:])),
 		Unreadable:      atomic.LoadUint64(word64(c[controlUnreadable:])),
 	}
 	if state%2 == 1 {
 		st.Mode = capture.ModeBitmap
 	}
-	consumed := s.consumed.Load() // before the producer's position, which is never below
-	st.RingUsed = int64(atomic.LoadUint64(s.prog.ring.producer) - consumed)
+	freed := atomic.LoadUint64(s.prog.ring.consumer) // before the producer's position, which is never below
+	st.RingUsed = int64(atomic.LoadUint64(s.prog.ring.producer) - freed)
 	if p, err := s.prog.objs.OnQueue.Stats(); err == nil {
 		st.Missed = p.RecursionMisses
 	}
-	for i, d := range s.devs {
-		s.addCounters(&st, uint32(i), d)
+	for i := range s.devs {
+		s.addCounters(&st, i)
 	}
+	st.Detached = atomic.LoadUint64(&s.notes().Gone) != 0
 	return st
-}
-
-func (s *source) addCounters(st *capture.Stats, i uint32, d *device) {
-	one := capture.DiskStats{ID: d.disk.ID}
-	var perCPU []counters
-	if err := s.prog.objs.Counts.Lookup(i, &perCPU); err == nil {
-		for _, c := range perCPU {
-			st.Writes += c.Writes
-			st.Bytes += c.Bytes
-			st.Flushes += c.Flushes
-			st.Marked += c.Marked
-			one.SeenWrites += c.Seen
-			one.SeenBytes += c.SeenBytes
-		}
-	}
-	if n, err := d.writtenBytes(); err == nil {
-		one.KernelBytes = n - d.base
-	}
-	st.Disks = append(st.Disks, one)
 }

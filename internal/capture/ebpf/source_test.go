@@ -375,6 +375,12 @@ func TestCloseLeavesNothing(t *testing.T) {
 	if err := src.Close(); err != nil {
 		t.Fatal(err)
 	}
+	awaitGone(t, ids)
+}
+
+// awaitGone waits until the kernel has freed programs, which takes it a grace period.
+func awaitGone(t *testing.T, ids []ebpf.ProgramID) {
+	t.Helper()
 	for _, id := range ids {
 		for begin := time.Now(); ; time.Sleep(10 * time.Millisecond) { // freed after a grace period
 			p, err := ebpf.NewProgramFromID(id)

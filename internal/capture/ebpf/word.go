@@ -11,3 +11,6 @@ func word64(p []byte) *uint64 { return (*uint64)(unsafe.Pointer(unsafe.SliceData
 
 // addressOf returns the address of p, which does not move: it is not on Go's heap.
 func addressOf(p []byte) uint64 { return uint64(uintptr(unsafe.Pointer(unsafe.SliceData(p)))) }
+
+// words64 returns p, whose length is a multiple of eight, as words.
+func words64(p []byte) []uint64 { return unsafe.Slice(word64(p), len(p)/8) }

@@ -1,0 +1,228 @@
+//go:build linux && amd64
+
+package ebpf
+
+import (
+	"cmp"
+	"errors"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+	"golang.org/x/sys/unix"
+
+	"farside/internal/capture"
+	"farside/internal/capture/capturetest"
+	"farside/internal/dr"
+	"farside/internal/testenv"
+)
+
+// newPins mounts a BPF file system of its own and returns a directory in it that doesn't
+// exist yet. At the end t fails if a pin is left.
+func newPins(t testing.TB) string {
+	t.Helper()
+	testenv.NeedEBPF(t)
+	mount := t.TempDir()
+	if err := MountFileSystem(mount); err != nil {
+		testenv.Missing(t, "a BPF file system that can be mounted: "+err.Error())
+	}
+	t.Cleanup(func() {
+		left, err := os.ReadDir(mount)
+		if err != nil {
+			t.Error(err)
+		}
+		for _, e := range left {
+			if pins, _ := filepath.Glob(filepath.Join(mount, e.Name(), "*", "*")); len(pins) > 0 {
+				t.Errorf("pins are left: %v", pins)
+			}
+		}
+		if err := unix.Unmount(mount, 0); err != nil {
+			t.Error(err)
+		}
+	})
+	return filepath.Join(mount, "farside", "capture")
+}
+
+func TestSurvivor(t *testing.T) {
+	capturetest.RunSurvivor(t, func(t *testing.T, c capturetest.Config) *capturetest.Machine {
+		pins := newPins(t)
+		var paths []string
+		m := &capturetest.Machine{}
+		for _, size := range c.Sizes {
+			paths = append(paths, newLoop(t, size))
+			m.Devices = append(m.Devices, openBlock(t, paths[len(paths)-1]))
+		}
+		m.Open = func(o capturetest.MemOptions) (capture.Survivor, error) {
+			var disks []capture.Disk
+			for i, p := range paths {
+				disks = append(disks, capture.Disk{ID: dr.DiskID(i + 1), Path: p})
+			}
+			if len(o.Disks) > 0 {
+				disks = nil
+				for _, id := range o.Disks {
+					disks = append(disks, capture.Disk{ID: id, Path: paths[id-1]})
+				}
+			}
+			return openSurvivor(disks, Options{RingBytes: cmp.Or(c.Ring, 64<<20), Pin: pins, Hold: o.Hold, Memory: o.Memory})
+		}
+		return m
+	})
+}
+
+func openSurvivor(disks []capture.Disk, o Options) (capture.Survivor, error) {
+	src, err := Open(disks, o)
+	if err != nil {
+		return nil, err
+	}
+	return src.(capture.Survivor), nil
+}
+
+// programsOf returns the numbers of the programs that are pinned.
+func programsOf(t *testing.T, pins string) (ids []ebpf.ProgramID) {
+	t.Helper()
+	for _, name := range pinLinks {
+		k, err := link.LoadPinnedLink(filepath.Join(pins, pinLive, name), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		info, err := k.Info()
+		if err != nil {
+			t.Fatal(err)
+		}
+		ids = append(ids, info.Program)
+		k.Close()
+	}
+	return ids
+}
+
+// TestForgetLeavesNothing looks for programs and pins afterwards, and shows that they were
+// there before.
+func TestForgetLeavesNothing(t *testing.T) {
+	pins, disks := newPins(t), []capture.Disk{{ID: 1, Path: newLoop(t, 8<<20)}}
+	o := Options{RingBytes: 1 << 20, Pin: pins, Memory: 100}
+	s, err := openSurvivor(disks, o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	ids := programsOf(t, pins)
+	if s, err = openSurvivor(disks, o); err != nil || !s.Adopted() || len(s.Memory()) != 100 {
+		t.Fatalf("not adopted: %v", err)
+	}
+	s.Forget()
+	s.Forget()
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	awaitGone(t, ids)
+	if _, err := os.Stat(pins); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the directory is left: %v", err)
+	}
+}
+
+// TestReplaceLeavesNothing: the programs of a capture that was replaced end.
+func TestReplaceLeavesNothing(t *testing.T) {
+	pins, loop := newPins(t), newLoop(t, 8<<20)
+	disks := []capture.Disk{{ID: 1, Path: loop}}
+	s, err := openSurvivor(disks, Options{RingBytes: 1 << 20, Pin: pins})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	ids := programsOf(t, pins)
+	if s, err = openSurvivor(disks, Options{RingBytes: 2 << 20, Pin: pins}); err != nil {
+		t.Fatal(err)
+	}
+	defer func() { s.Forget(); s.Close() }()
+	if in := s.Inherited(); s.Adopted() || len(in) != 1 {
+		t.Errorf("another ring: adopted %v, inherited %v", s.Adopted(), in)
+	}
+	awaitGone(t, ids)
+}
+
+// TestBrokenPins: pins that somebody removed or replaced are not gone on with.
+func TestBrokenPins(t *testing.T) {
+	loop := newLoop(t, 8<<20)
+	disks := []capture.Disk{{ID: 1, Path: loop}}
+	for name, harm := range map[string]func(t *testing.T, live string){
+		"a link is gone":   func(t *testing.T, live string) { os.Remove(filepath.Join(live, pinLinks[2])) },
+		"the ring is gone": func(t *testing.T, live string) { os.Remove(filepath.Join(live, "ring")) },
+		"a link is another one": func(t *testing.T, live string) {
+			os.Remove(filepath.Join(live, pinLinks[2]))
+			k, err := link.LoadPinnedLink(filepath.Join(live, pinLinks[0]), nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer k.Close()
+			if err := k.Pin(filepath.Join(live, pinLinks[2])); err != nil { // moves it
+				t.Fatal(err)
+			}
+		},
+		"another version": func(t *testing.T, live string) { editNotes(t, live, func(n *notes) { n.Version++ }) },
+		"no description": func(t *testing.T, live string) {
+			editNotes(t, live, func(n *notes) { n.MetaLength = 1 << 40; n.Meta[0] = 0 })
+		},
+		"a place behind the ring": func(t *testing.T, live string) { editNotes(t, live, func(n *notes) { n.Floor = 1 << 40 }) },
+		"a crooked place":         func(t *testing.T, live string) { editNotes(t, live, func(n *notes) { n.Floor = 3 }) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			pins := newPins(t)
+			o := Options{RingBytes: 1 << 20, Pin: pins, Memory: 8}
+			s, err := openSurvivor(disks, o)
+			if err != nil {
+				t.Fatal(err)
+			}
+			s.Memory()[0] = 1
+			if err := s.Close(); err != nil {
+				t.Fatal(err)
+			}
+			harm(t, filepath.Join(pins, pinLive))
+			if s, err = openSurvivor(disks, o); err != nil {
+				t.Fatal(err)
+			}
+			defer func() { s.Forget(); s.Close() }()
+			if s.Adopted() || len(s.Inherited()) > 0 || s.Memory()[0] != 0 {
+				t.Errorf("adopted %v, inherited %v", s.Adopted(), s.Inherited())
+			}
+		})
+	}
+}
+
+// editNotes changes pinned notes.
+func editNotes(t *testing.T, live string, edit func(*notes)) {
+	t.Helper()
+	m, err := ebpf.LoadPinnedMap(filepath.Join(live, pinNotes), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer m.Close()
+	mem, err := unix.Mmap(m.FD(), 0, notesSize, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Munmap(mem)
+	edit(notesIn(mem))
+}
+
+func TestPinRefuses(t *testing.T) {
+	disks := []capture.Disk{{ID: 1, Path: newLoop(t, 1<<20)}}
+	for name, o := range map[string]Options{
+		"not a BPF file system": {Pin: filepath.Join(t.TempDir(), "pins")},
+		"hold without pins":     {Hold: true},
+		"memory without pins":   {Memory: 8},
+		"too much memory":       {Memory: 1 << 30, Pin: "/x"},
+	} {
+		if src, err := Open(disks, o); !errors.Is(err, dr.ErrInvalid) {
+			t.Errorf("%s: %v", name, err)
+			if err == nil {
+				src.Close()
+			}
+		}
+	}
+}
