@@ -48,7 +48,7 @@ func (m *marker) write(t *testing.T, off int64, v byte) {
 func (m *marker) Mark(x dr.Extent) error                     { return m.dirty.Mark(x) }
 func (m *marker) TakeDirty(limit int64) ([]dr.Extent, error) { return m.dirty.Take(limit), nil }
 func (m *marker) Dirty() (int64, error)                      { return m.dirty.Dirty(), nil }
-func (m *marker) Stats() capture.Stats { return capture.Stats{Mode: capture.ModeBitmap} }
+func (m *marker) Stats() capture.Stats                       { return capture.Stats{Mode: capture.ModeBitmap} }
 
 func (m *marker) Resume(context.Context) error              { return fmt.Errorf("resume: %w", dr.ErrUnsupported) }
 func (m *marker) Overflow()                                 {}

@@ -43,6 +43,7 @@ type Tap struct {
 	clock   func() int64
 	wake    chan struct{} // an event may be ready; one consumer
 	closed  chan struct{} // closed by Close
+	gate    func() error  // see SetGate; may be nil
 
 	mu struct {
 		sync.Mutex
@@ -100,6 +101,12 @@ func (t *Tap) find(id dr.DiskID) *Device {
 	}
 	return nil
 }
+
+// SetGate makes Next ask f before it hands anything over: nil says that no change is
+// missing among those that were submitted before the call. An error ends Next,
+// and what waits is not handed over. For writers that can be cut off from one disk of
+// several. Call it before the first Next.
+func (t *Tap) SetGate(f func() error) { t.gate = f }
 
 // Device returns the disk as its writers must see it, or nil.
 func (t *Tap) Device(id dr.DiskID) *Device { return t.find(id) }
@@ -266,8 +273,18 @@ func (t *Tap) Next(ctx context.Context, wait time.Duration, fn func(capture.Even
 
 // batch hands over what is ready.
 func (t *Tap) batch(fn func(capture.Event) error) (n int, err error) {
+	tail := t.Tail()
+	if t.gate != nil && t.Consumed() < tail {
+		if err := t.gate(); err != nil {
+			return 0, err
+		}
+	}
 	for size := 0; size < capture.MaxBatch && err == nil; n++ {
 		t.mu.Lock()
+		if t.gate != nil && t.mu.queue.head == tail {
+			t.mu.Unlock()
+			return n, nil
+		}
 		if t.mu.over {
 			t.mu.Unlock()
 			return n, errClosed

@@ -1,0 +1,253 @@
+package qemu
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"farside/internal/capture"
+	"farside/internal/capture/capturetest"
+	"farside/internal/dr"
+	"farside/internal/testenv"
+)
+
+// machine is a QEMU whose CPU never runs: the test writes to its disks with the commands that a guest's
+// device would give, by a monitor of its own.
+type machine struct {
+	t       *testing.T
+	cmd     *exec.Cmd
+	dir     string
+	images  []string
+	control *Monitor
+	gone    chan struct{}
+}
+
+func (m *machine) disk(i int) string { return fmt.Sprintf("drive%d", i+1) }
+
+// start starts a QEMU with raw images of the given sizes.
+func start(t *testing.T, sizes ...int64) *machine {
+	t.Helper()
+	testenv.NeedTool(t, "qemu-system-x86_64")
+	m := &machine{t: t, dir: shortDir(t)}
+	for i, size := range sizes {
+		path := filepath.Join(m.dir, fmt.Sprintf("image%d", i))
+		if err := os.WriteFile(path, nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Truncate(path, size); err != nil {
+			t.Fatal(err)
+		}
+		m.images = append(m.images, path)
+	}
+	m.boot()
+	t.Cleanup(m.quit)
+	return m
+}
+
+// shortDir is a directory whose sockets have names short enough for the kernel.
+func shortDir(t *testing.T) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "fq")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	return dir
+}
+
+func (m *machine) boot() {
+	m.t.Helper()
+	args := []string{"-nodefaults", "-no-user-config", "-accel", "tcg", "-m", "64", "-display", "none", "-S"}
+	for _, name := range []string{"agent", "test"} {
+		args = append(args, "-qmp", "unix:"+filepath.Join(m.dir, name)+",server=on,wait=off")
+	}
+	for i, path := range m.images {
+		args = append(args, "-drive", fmt.Sprintf("if=none,id=%s,file=%s,format=raw,discard=unmap", m.disk(i), path),
+			"-device", "virtio-blk-pci,drive="+m.disk(i))
+	}
+	m.cmd = exec.Command("qemu-system-x86_64", args...)
+	m.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	var errs bytes.Buffer
+	m.cmd.Stderr = &errs
+	if err := m.cmd.Start(); err != nil {
+		m.t.Fatal(err)
+	}
+	m.gone = make(chan struct{})
+	go func() {
+		defer close(m.gone)
+		_ = m.cmd.Wait() // killed by the test
+	}()
+	var err error
+	for range 500 {
+		if m.control, err = DialMonitor(m.t.Context(), filepath.Join(m.dir, "test"), nil); err == nil {
+			return
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	m.t.Fatalf("qemu does not answer: %v: %s", err, errs.String())
+}
+
+func (m *machine) quit() {
+	m.control.Close()
+	_ = m.cmd.Process.Kill() // may have ended
+	<-m.gone
+}
+
+// io runs a command of qemu-io on a disk as its device would.
+func (m *machine) io(disk int, command string) error {
+	var out string
+	line := fmt.Sprintf("qemu-io %s %q", m.disk(disk), command)
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	defer cancel()
+	if err := m.control.Run(ctx, "human-monitor-command", map[string]any{"command-line": line}, &out); err != nil {
+		return err
+	}
+	if out != "" && !strings.Contains(out, "ops") {
+		return errors.New(strings.TrimSpace(out))
+	}
+	return nil
+}
+
+func (m *machine) must(disk int, format string, args ...any) {
+	m.t.Helper()
+	if err := m.io(disk, fmt.Sprintf(format, args...)); err != nil {
+		m.t.Fatal(err)
+	}
+}
+
+func (m *machine) guest() *Guest {
+	var names []string
+	for i := range m.images {
+		names = append(names, m.disk(i))
+	}
+	g := New(Options{Monitor: filepath.Join(m.dir, "agent"), Dir: m.dir, Disks: names})
+	m.t.Cleanup(func() { g.Close() })
+	return g
+}
+
+// open captures all disks; their ids are 3, 4, ….
+func open(t *testing.T, g *Guest, queue int64) *Source {
+	t.Helper()
+	disks, err := g.Disks(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := range disks {
+		disks[i].ID = dr.DiskID(i + 3)
+	}
+	s, err := g.Open(t.Context(), disks, queue)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := s.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return s
+}
+
+func (m *machine) image(i int) []byte {
+	m.t.Helper()
+	b, err := os.ReadFile(m.images[i])
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	return b
+}
+
+// replay applies all events that wait to images.
+func replay(t *testing.T, s capture.Source, images map[dr.DiskID][]byte) (n int) {
+	t.Helper()
+	for tail := s.Tail(); s.Consumed() < tail; {
+		_, err := s.Next(t.Context(), time.Second, func(e capture.Event) error {
+			if e.Kind == capture.Change {
+				at := images[e.Extent.Disk][e.Extent.Offset:e.Extent.End()]
+				clear(at)
+				copy(at, e.Data)
+				n++
+			}
+			return nil
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	return n
+}
+
+func TestMirrorIsAStream(t *testing.T) {
+	m := start(t, 8<<20, 4<<20)
+	m.must(0, "write -P 9 1M 64k") // before the capture
+	s := open(t, m.guest(), 0)
+	images := map[dr.DiskID][]byte{3: m.image(0), 4: m.image(1)}
+	m.must(0, "write -P 1 0 4k")
+	m.must(1, "write -P 2 4k 512")
+	m.must(0, "write -z 1M 32k")
+	m.must(0, "write -P 3 2M 3M")
+	m.must(0, "discard 3M 1M")
+	m.must(1, "write -f -P 4 512 1k")
+	m.must(0, "flush")
+	if n := replay(t, s, images); n < 6 {
+		t.Errorf("%d changes", n)
+	}
+	for i, id := range []dr.DiskID{3, 4} {
+		if !bytes.Equal(images[id], m.image(i)) {
+			t.Errorf("disk %d: the stream gives something else than the image", id)
+		}
+	}
+	p := make([]byte, 4096)
+	if _, err := s.ReadAt(p, 3, 1<<20); err != nil || p[0] != 0 {
+		t.Errorf("read %d, %v", p[0], err)
+	}
+	if _, err := s.ReadAt(p, 3, 1<<20+40<<10); err != nil || p[0] != 9 {
+		t.Errorf("read %d, %v", p[0], err)
+	}
+	if at, err := s.Verify(t.Context()); err != nil || time.Since(at) > time.Minute {
+		t.Errorf("verify: %v, %v", at, err)
+	}
+	if st := s.Stats(); st.Mode != capture.ModeData || !st.Settled || st.Detached || st.Overflows != 0 {
+		t.Errorf("stats: %+v", st)
+	}
+}
+
+// TestReplicate: the smallest consumer gets an exact copy, from a disk full of data, with overflows.
+func TestReplicate(t *testing.T) {
+	m := start(t, 16<<20)
+	m.must(0, "write -P 5 0 16M")
+	s := open(t, m.guest(), 2<<20)
+	r := capturetest.NewReplicator(s)
+	if err := r.MarkAll(); err != nil {
+		t.Fatal(err)
+	}
+	rng := rand.New(rand.NewPCG(1, 2))
+	for range 60 {
+		m.must(0, "write -P %d %dk %dk", rng.IntN(256), rng.IntN(2000)*4, (1+rng.IntN(200))*4)
+		if rng.IntN(8) == 0 {
+			if _, err := r.Events(t.Context(), time.Millisecond); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := r.Bulk(1 << 20); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	if err := r.Close(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.Compare(3, m.image(0)); err != nil {
+		t.Error(err)
+	}
+	if s.Stats().Overflows == 0 {
+		t.Error("no overflow: the test shows less than it should")
+	}
+}
