@@ -28,13 +28,15 @@ type Config struct {
 
 // CaptureConfig chooses and sets the capture driver.
 type CaptureConfig struct {
-	// Driver is "ebpf", "tap", or "auto": ebpf where it can work, tap if it is
-	// set up, and an error otherwise. Default auto.
+	// Driver is "ebpf", "tap", "qemu", or "auto": the tap for disks behind it, qemu for
+	// those of the guest, ebpf for all others. Default auto.
 	Driver string `yaml:"driver"`
 	// Ring is the size of the buffer between the kernel, or the tap, and the
 	// agent. Default: the driver's.
 	Ring dr.Size   `yaml:"ring"`
 	Tap  TapConfig `yaml:"tap"`
+	// QEMU is the guest whose disks are captured from outside.
+	QEMU QEMUConfig `yaml:"qemu"`
 }
 
 // TapConfig sets the tap up: an NBD server in front of files or devices.
@@ -81,8 +83,15 @@ func (c *Config) check() error {
 		if !c.Capture.Tap.set() {
 			return fmt.Errorf("capture.tap: the driver is tap, but it has no socket or no disks: %w", dr.ErrInvalid)
 		}
+	case driverQEMU:
+		if !c.Capture.QEMU.set() {
+			return fmt.Errorf("capture.qemu: the driver is qemu, but it has no monitor: %w", dr.ErrInvalid)
+		}
 	default:
-		return fmt.Errorf("capture.driver: %q is none of auto, ebpf, tap: %w", c.Capture.Driver, dr.ErrInvalid)
+		return fmt.Errorf("capture.driver: %q is none of auto, ebpf, tap, qemu: %w", c.Capture.Driver, dr.ErrInvalid)
+	}
+	if err := c.Capture.QEMU.check(); err != nil {
+		return err
 	}
 	return c.Capture.Tap.check()
 }

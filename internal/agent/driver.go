@@ -8,6 +8,7 @@ import (
 
 	"farside/internal/capture"
 	"farside/internal/capture/ebpf"
+	"farside/internal/capture/qemu"
 	"farside/internal/capture/tap"
 	"farside/internal/dr"
 )
@@ -36,11 +37,16 @@ type drivers struct {
 	conf    CaptureConfig
 	tap     *tap.Opened // nil: not set up
 	tapUsed bool
+	guest   *qemu.Guest // nil: not set up
 }
 
 // openDrivers sets up what must run all the time.
 func openDrivers(c CaptureConfig) (*drivers, error) {
-	d := &drivers{conf: c}
+	guest, err := openGuest(c.QEMU)
+	if err != nil {
+		return nil, err
+	}
+	d := &drivers{conf: c, guest: guest}
 	if !c.Tap.set() {
 		return d, nil
 	}
@@ -67,11 +73,14 @@ func openDrivers(c CaptureConfig) (*drivers, error) {
 func tapID(i int) dr.DiskID { return dr.DiskID(i + 1) }
 
 // Close ends what runs all the time.
-func (d *drivers) Close() error {
-	if d.tap == nil {
-		return nil
+func (d *drivers) Close() (err error) {
+	if d.guest != nil {
+		err = d.guest.Close()
 	}
-	return d.tap.Close()
+	if d.tap != nil {
+		err = errors.Join(err, d.tap.Close())
+	}
+	return err
 }
 
 // open is the opener.
@@ -83,10 +92,7 @@ func (d *drivers) open(disks []capture.Disk, driver string, ring int64) (opened,
 		ring = int64(d.conf.Ring)
 	}
 	if driver == driverAuto {
-		driver = driverEBPF
-		if d.tapped(disks) {
-			driver = driverTap
-		}
+		driver = d.choose(disks)
 	}
 	switch driver {
 	case driverEBPF:
@@ -103,8 +109,25 @@ func (d *drivers) open(disks []capture.Disk, driver string, ring int64) (opened,
 		used := d.tapUsed
 		d.tapUsed = true
 		return checked(opened{src: src, driver: driver, used: used}, disks)
+	case driverQEMU:
+		src, err := d.openQEMU(disks, ring)
+		if err != nil {
+			return opened{}, fmt.Errorf("capture a guest of qemu: %w", err)
+		}
+		return checked(opened{src: src, driver: driver}, disks)
 	}
 	return opened{}, fmt.Errorf("capture driver %q: %w", driver, dr.ErrUnsupported)
+}
+
+// choose returns the driver that fits the disks.
+func (d *drivers) choose(disks []capture.Disk) string {
+	switch {
+	case d.tapped(disks):
+		return driverTap
+	case ofGuest(disks):
+		return driverQEMU
+	}
+	return driverEBPF
 }
 
 // tapped reports whether all disks are behind the tap.

@@ -42,7 +42,7 @@ func Run(ctx context.Context, c Config, log *slog.Logger) (err error) {
 
 	a := newAgent(d.open, dialAs(client.Identity()), int64(c.Memory), log)
 	a.news = client.ReportSoon
-	r := &reporter{agent: a, machine: client.Identity().Peer().Machine, root: os.DirFS("/"), want: wantedOf(c)}
+	r := &reporter{agent: a, machine: client.Identity().Peer().Machine, root: os.DirFS("/"), want: wantedOf(c), more: d.offered}
 	var wg sync.WaitGroup
 	for _, part := range []func() error{
 		func() error {
@@ -91,6 +91,7 @@ type reporter struct {
 	machine dr.MachineID
 	root    fs.FS
 	want    wanted
+	more    func() []found // besides what is in root; may be nil
 
 	disks   []*pb.DiscoveredDisk
 	scanned time.Time
@@ -99,7 +100,11 @@ type reporter struct {
 func (r *reporter) report() *pb.Report {
 	now := time.Now()
 	if now.Sub(r.scanned) >= discoverEvery {
-		r.disks, r.scanned = discovered(discover(r.root, r.want)), now
+		all := discover(r.root, r.want)
+		if r.more != nil {
+			all = append(all, r.more()...)
+		}
+		r.disks, r.scanned = discovered(all), now
 	}
 	a := r.agent.report(now)
 	a.MachineId, a.Discovered = r.machine.String(), r.disks

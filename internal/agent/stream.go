@@ -111,6 +111,7 @@ func (s *stream) replicate(ctx context.Context) error {
 			s.publish(now, false)
 		}
 		if err != nil {
+			s.linger(ctx, err)
 			return err
 		}
 		if pause > 0 {

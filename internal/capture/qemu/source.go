@@ -11,6 +11,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"farside/internal/capture"
@@ -24,23 +25,25 @@ const (
 	askTimeout  = 5 * time.Second
 	openTimeout = 30 * time.Second
 	watchEvery  = 250 * time.Millisecond
+	lastWait    = 10 * time.Millisecond // for events after the end
 )
 
 // Source captures disks of a running guest. It ends, with an error of Next, when QEMU ends or
 // a mirror of ours does.
 type Source struct {
 	*tap.Tap
-	monitor *Monitor
-	guest   *Guest
-	server  *nbd.Server
-	writers *tracked
-	images  map[dr.DiskID]*image
-	jobs    []string
-	serving bool // QEMU's NBD server was started
-	served  chan error
-	stop    context.CancelFunc // of the watcher
-	watched chan struct{}
-	once    sync.Once
+	monitor  *Monitor
+	guest    *Guest
+	server   *nbd.Server
+	writers  *tracked
+	images   map[dr.DiskID]*image
+	jobs     []string
+	serving  bool // QEMU's NBD server was started
+	served   chan error
+	sessions atomic.Int32       // connections whose requests may still be at work
+	stop     context.CancelFunc // of the watcher
+	watched  chan struct{}
+	once     sync.Once
 
 	mu struct {
 		sync.Mutex
@@ -165,7 +168,9 @@ func (s *Source) serve(disks []capture.Disk, queue int64) error {
 	if s.Tap, err = tap.New(behind, queue, nil); err != nil {
 		return err
 	}
-	s.SetGate(s.alive)
+	if len(disks) > 1 {
+		s.SetGate(s.alive) // what came of one disk must not go without what was lost of another
+	}
 	socket := filepath.Join(s.guest.opts.Dir, "tap.sock")
 	if err := os.Remove(socket); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err
@@ -187,7 +192,11 @@ func (s *Source) serve(disks []capture.Disk, queue int64) error {
 func (s *Source) lookup(name string) (*nbd.Export, error) {
 	for id, i := range s.images {
 		if ourID("target", id) == name {
-			return &nbd.Export{Device: &target{Device: s.Device(id), image: i}, MinBlock: dr.SectorSize}, nil
+			s.sessions.Add(1)
+			return &nbd.Export{
+				Device: &target{Device: s.Device(id), image: i}, MinBlock: dr.SectorSize,
+				Release: func() { s.sessions.Add(-1) },
+			}, nil
 		}
 	}
 	return nil, nbd.ErrUnknownExport
@@ -278,12 +287,20 @@ func (s *Source) Verify(ctx context.Context) (time.Time, error) {
 // means that it is worth asking again.
 func (s *Source) ended(err error) error { return fmt.Errorf("capture of the guest ended: %v", err) } //nolint:errorlint // see above
 
-// Next implements capture.Stream.
+// Next implements capture.Stream. Of an only disk it hands over all that came before the end.
 func (s *Source) Next(ctx context.Context, wait time.Duration, fn func(capture.Event) error) (int, error) {
-	if err := s.alive(); err != nil {
-		return 0, fmt.Errorf("capture of the guest ended: %w", err)
+	err := s.alive()
+	if err == nil {
+		return s.Tap.Next(ctx, wait, fn)
 	}
-	return s.Tap.Next(ctx, wait, fn)
+	if len(s.images) == 1 {
+		settled := s.sessions.Load() == 0
+		n, e := s.Tap.Next(ctx, min(wait, lastWait), fn)
+		if n > 0 || e != nil || !settled {
+			return n, e
+		}
+	}
+	return 0, fmt.Errorf("capture of the guest ended: %w", err)
 }
 
 // Stats implements capture.Source.
