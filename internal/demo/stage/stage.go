@@ -122,16 +122,27 @@ func Raise(ctx context.Context, o Options) (s *Stage, err error) {
 // start writes a role's configuration and starts it.
 func (s *Stage) start(verb string, conf map[string]string) error {
 	conf = maps.Clone(conf)
-	conf["data"] = s.path(verb)
 	maps.Copy(conf, s.Settings[verb])
+	if err := s.configure(verb, conf); err != nil {
+		return err
+	}
+	return s.Again(verb)
+}
+
+// configure writes the configuration file of the role whose files have that name.
+func (s *Stage) configure(name string, conf map[string]string) error {
+	conf = maps.Clone(conf)
+	if conf["data"] == "" {
+		conf["data"] = s.path(name)
+	}
 	var text strings.Builder
 	for _, key := range slices.Sorted(maps.Keys(conf)) {
 		fmt.Fprintf(&text, "%s: %s\n", key, conf[key])
 	}
-	if err := os.WriteFile(s.path(verb+".yaml"), []byte(text.String()), 0o600); err != nil {
-		return fmt.Errorf("configure %s: %w", verb, err)
+	if err := os.WriteFile(s.path(name+".yaml"), []byte(text.String()), 0o600); err != nil {
+		return fmt.Errorf("configure %s: %w", name, err)
 	}
-	return s.Again(verb)
+	return nil
 }
 
 // Again starts a role that isn't running, with the configuration that it has.
@@ -179,23 +190,31 @@ func (s *Stage) connect(ctx context.Context) error {
 }
 
 // join buys a role its certificate with a one-time token.
-func (s *Stage) join(ctx context.Context, r role) error {
-	t, err := s.Far.Client.CreateToken(ctx, &farsidev1.CreateTokenRequest{Role: r.join, Name: "demo " + r.verb})
+func (s *Stage) join(ctx context.Context, r role) error { return s.joinAs(ctx, r.join, r.verb) }
+
+// nameOf is how a node is called whose files have that name.
+func nameOf(files string) string { return "demo " + files }
+
+func (s *Stage) joinAs(ctx context.Context, as farsidev1.Role, name string) error {
+	t, err := s.Far.Client.CreateToken(ctx, &farsidev1.CreateTokenRequest{Role: as, Name: nameOf(name)})
 	if err != nil {
-		return fmt.Errorf("make a token for the %s: %w", r.verb, err)
+		return fmt.Errorf("make a token for the %s: %w", name, err)
 	}
-	cmd := exec.CommandContext(ctx, s.Program, "join", "--data", s.path(r.verb), t.GetToken())
+	cmd := exec.CommandContext(ctx, s.Program, "join", "--data", s.path(name), t.GetToken())
 	dieWithParent(cmd)
 	if out, err := cmd.CombinedOutput(); err != nil {
-		return fmt.Errorf("join the %s: %w: %s", r.verb, err, strings.TrimSpace(string(out)))
+		return fmt.Errorf("join the %s: %w: %s", name, err, strings.TrimSpace(string(out)))
 	}
 	return nil
 }
 
+// pollLong is how long a node may take to report.
+const pollLong = 30 * time.Second
+
 // online waits until the node of a role has reported.
 func (s *Stage) online(ctx context.Context, r role) (*farsidev1.Node, error) {
 	var found *farsidev1.Node
-	err := Poll(ctx, 30*time.Second, "wait for the "+r.verb, func(ctx context.Context) (bool, error) {
+	err := Poll(ctx, pollLong, "wait for the "+r.verb, func(ctx context.Context) (bool, error) {
 		if err := s.Ended(); err != nil {
 			return false, err
 		}
