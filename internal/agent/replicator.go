@@ -295,12 +295,14 @@ func (r *replicator) putHeartbeat(at time.Time) error {
 	return nil
 }
 
-// put hands a finished frame to the outbox. If the stream has begun anew
-// meanwhile, the next step will see that.
-func (r *replicator) put(b []byte, l lagRecord) {
-	if r.out.put(r.gen, b, r.enc.Cursor(), l) {
-		r.stats.frames++
-		r.stats.bytes += uint64(len(b))
-		r.last = r.now
+// put hands a finished frame to the outbox. It reports false if the stream has begun
+// anew meanwhile: the next step will see that.
+func (r *replicator) put(b []byte, l lagRecord) bool {
+	if !r.out.put(r.gen, b, r.enc.Cursor(), l) {
+		return false
 	}
+	r.stats.frames++
+	r.stats.bytes += uint64(len(b))
+	r.last = r.now
+	return true
 }

@@ -45,6 +45,7 @@ type stream struct {
 		serverNew chan struct{} // closed and replaced when server is
 		tags      []dr.Tag
 		tagsNew   bool
+		orders    []*order // that the replicator has not seen yet
 		status    status
 		safeTags  int
 		connected string
@@ -140,6 +141,10 @@ func (s *stream) passTags() {
 		s.mu.tagsNew = false
 		s.rep.tags.set(s.mu.tags)
 	}
+	for _, o := range s.mu.orders {
+		s.rep.tags.obey(o)
+	}
+	s.mu.orders = nil
 }
 
 // publish makes the replicator's status visible and notes what changed.
