@@ -358,6 +358,18 @@ func checkEntry(f io.ReaderAt, e Entry, at int64) error {
 	return nil
 }
 
+// Moved says that the file has another name now, in the same directory.
+func (r *Reader) Moved(base string) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.name = path.Join(path.Dir(r.name), base)
+	f := r.mu.file
+	if r.mu.file = nil; f == nil {
+		return nil
+	}
+	return f.Close()
+}
+
 // Close releases the file. The Reader may be used no more.
 func (r *Reader) Close() error {
 	r.mu.Lock()

@@ -41,7 +41,13 @@ func newWriter(f vfs.File, r *Reader, at frame.Cursor, size, marked int64) *Writ
 // Create makes the segment that continues start in dir and makes its header and name durable.
 // The error wraps dr.ErrExists when the file is there already.
 func Create(fsys vfs.FS, dir string, start frame.Cursor) (*Writer, error) {
-	name := path.Join(dir, Name(start))
+	return CreateAs(fsys, dir, Name(start), start)
+}
+
+// CreateAs is Create with a file name for the time being. Whoever renames the
+// file, when it is sealed and closed, tells the Reader by Moved.
+func CreateAs(fsys vfs.FS, dir, base string, start frame.Cursor) (*Writer, error) {
+	name := path.Join(dir, base)
 	if _, err := fsys.Stat(name); err == nil {
 		return nil, fmt.Errorf("create segment %s: %w", name, dr.ErrExists)
 	} else if !errors.Is(err, fs.ErrNotExist) {

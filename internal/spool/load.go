@@ -16,16 +16,26 @@ func (s *Spool) load() error {
 	if err != nil {
 		return err
 	}
+	if err := s.removeTemp(); err != nil {
+		return err
+	}
 	for i, name := range names {
+		if done, err := s.replaced(name); err != nil {
+			return err
+		} else if done {
+			continue
+		}
 		if err := s.loadSegment(name, i == len(names)-1); err != nil {
 			return err
 		}
-		if i == 0 {
-			continue
+	}
+	for i, p := range s.mu.parts[min(1, len(s.mu.parts)):] {
+		if before := s.mu.parts[i].reader.End(); before != p.reader.Start() {
+			return fmt.Errorf("segment %s does not continue the one before, which ends at %v: %w", p.name, before.Position, dr.ErrCorrupt)
 		}
-		if before, at := s.mu.parts[i-1].reader.End(), s.mu.parts[i].reader.Start(); before != at {
-			return fmt.Errorf("segment %s does not continue the one before, which ends at %v: %w", name, before.Position, dr.ErrCorrupt)
-		}
+	}
+	if err := s.tidyLocked(); err != nil {
+		return err
 	}
 	if n := len(s.mu.parts); n > 0 {
 		s.mu.synced = s.mu.parts[n-1].reader.End()
@@ -34,6 +44,31 @@ func (s *Spool) load() error {
 		s.mu.durable, s.mu.durableTime = start.Position.Seq, start.Time
 	}
 	return nil
+}
+
+// replaced reports whether a segment is one of those that the one before it was
+// folded from, and notes that it is to be removed.
+func (s *Spool) replaced(name string) (bool, error) {
+	n := len(s.mu.parts)
+	if n == 0 || !s.mu.parts[n-1].folded {
+		return false, nil
+	}
+	end := s.mu.parts[n-1].reader.End().Position
+	if tl, first, _ := segment.ParseName(name); tl != end.Timeline || first > end.Seq {
+		return false, nil
+	}
+	r, err := segment.Open(s.fs, s.dir, name)
+	if err != nil {
+		return false, err
+	}
+	if err := r.Close(); err != nil {
+		return false, err
+	}
+	if !r.Sealed() || r.End().Position.Seq > end.Seq {
+		return false, fmt.Errorf("segment %s overlaps the one before, which ends at %v: %w", name, end, dr.ErrCorrupt)
+	}
+	s.mu.stale, s.mu.untidy = append(s.mu.stale, name), true
+	return true, nil
 }
 
 func (s *Spool) loadSegment(name string, last bool) error {
@@ -46,7 +81,7 @@ func (s *Spool) loadSegment(name string, last bool) error {
 	}
 	if r.Sealed() {
 		info, err := s.fs.Stat(path.Join(s.dir, name))
-		s.mu.parts = append(s.mu.parts, &part{name, r, info.Size})
+		s.mu.parts = append(s.mu.parts, &part{name, r, info.Size, hasFolded(r)})
 		if err != nil || !last {
 			return err
 		}
@@ -65,6 +100,11 @@ func (s *Spool) loadSegment(name string, last bool) error {
 	s.mu.writer = w
 	s.mu.parts = append(s.mu.parts, &part{name: name, reader: w.Reader()})
 	return w.Sync() // what recovery read may not have been durable
+}
+
+// hasFolded reports whether a segment was made by Fold.
+func hasFolded(r *segment.Reader) bool {
+	return slices.ContainsFunc(r.Entries(), func(e segment.Entry) bool { return e.Folded })
 }
 
 // restart replaces the last segment, without a valid header, by a fresh one,

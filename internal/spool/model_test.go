@@ -2,8 +2,10 @@ package spool
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
+	"maps"
 	"syscall"
 	"testing"
 
@@ -29,7 +31,14 @@ type world struct {
 	gone   int            // of them, given up by Trim
 	resets int
 	made   int64 // frames ever: no two are alike
+
+	far   int             // frames that the far side has
+	disk  map[int64]int64 // what they made of its disk: the newest frame by offset
+	folds int
 }
+
+// hot is how many places the frames write to.
+const hot = 6
 
 func (w *world) open() {
 	fsys := vfs.NewFault(w.mem, func(op vfs.Op) error {
@@ -72,15 +81,19 @@ func (w *world) cursor(n int) frame.Cursor {
 
 func (w *world) append(n int) {
 	// Another history from here on, as an agent that starts anew makes it.
-	w.frames = w.frames[:w.have]
+	w.frames = w.frames[:w.have:w.have]
 	e := frame.NewEncoder(w.cursor(w.have), frame.None)
 	var more []*frame.Frame
 	for range n {
 		w.made++
 		e.Begin(frame.Changes, dr.Exact, false)
-		must(e.Add(dr.Extent{Offset: w.made * 512, Length: 512}, dr.Data, w.made, make([]byte, 512)))
+		must(e.Add(dr.Extent{Offset: w.made % hot * 512, Length: 512}, dr.Data, w.made, binary.BigEndian.AppendUint64(make([]byte, 504), uint64(w.made))))
 		more = append(more, must(frame.Parse(must(e.Finish()))))
+		if w.made%17 == 0 {
+			more = append(more, must(frame.Parse(must(e.Tag(dr.Tag{Consistency: dr.Crash}, w.made, false)))))
+		}
 	}
+	n = len(more)
 	err := w.s.Append(context.Background(), more)
 	w.frames = append(w.frames, more...)
 	if err != nil {
@@ -116,29 +129,79 @@ func (w *world) recover() {
 }
 
 func (w *world) trim(n int) {
-	n = min(n, w.synced)
+	n = min(n, w.far)
 	_ = w.s.Trim(w.cursor(n).Position.Seq) // it may fail and is tried again
 	w.gone = max(w.gone, n)
 }
 
-func (w *world) read() {
-	r, err := w.s.ReadFrom(w.cursor(w.gone))
+// read is the far side that connects and takes some frames.
+func (w *world) read(most int) {
+	r, err := w.s.ReadFrom(w.cursor(w.far))
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	for i := w.gone; i < w.synced; i++ {
+	for ; w.far < w.synced && most > 0; most-- {
 		f, err := r.Next(context.Background())
-		if err != nil || f.End() != w.cursor(i+1) {
-			w.t.Fatalf("frame %d of %d: %v", i, w.synced, err)
+		if err != nil {
+			w.t.Fatalf("frame behind %d of %d: %v", w.far, w.synced, err)
 		}
+		w.take(f)
 	}
-	if r.Ready() {
+	if w.far == w.synced && r.Ready() {
 		w.t.Fatal("more is shown than was synced")
 	}
 	if w.gone > 0 {
 		if _, err := w.s.ReadFrom(w.begin); err != nil && !errors.Is(err, dr.ErrGap) {
 			w.t.Fatal(err)
 		}
+	}
+}
+
+// take applies a frame at the far side and compares its disk with what the
+// originals make, if that is a point. A tag is one always.
+func (w *world) take(f *frame.Frame) {
+	if err := f.Check(w.cursor(w.far)); err != nil {
+		w.t.Fatal(err)
+	}
+	raw := must(f.Payload(nil))
+	for _, x := range f.All() {
+		w.disk[x.Offset] = int64(binary.BigEndian.Uint64(raw[x.RawOff+504:]))
+	}
+	from := w.far
+	for w.far++; w.far <= w.synced && w.cursor(w.far) != f.End(); w.far++ {
+	}
+	if w.far > w.synced {
+		w.t.Fatalf("a frame ends at %v, where none did", f.Last)
+	}
+	if f.Open {
+		return
+	}
+	want := map[int64]int64{}
+	for i, o := range w.frames[:w.far] {
+		for _, x := range o.All() {
+			want[x.Offset] = int64(binary.BigEndian.Uint64(must(o.Payload(nil))[504:]))
+		}
+		if o.Kind == frame.TagKind && i >= from && w.far > from+1 {
+			w.t.Fatal("a tag was folded away")
+		}
+	}
+	if !maps.Equal(want, w.disk) {
+		w.t.Fatalf("after frame %d the far side has %v, not %v", w.far, w.disk, want)
+	}
+}
+
+func (w *world) fold(limit int64) {
+	w.read(0) // it connects
+	done, err := w.s.Fold(context.Background(), FoldOptions{MaxBytes: limit})
+	if err != nil {
+		w.recover()
+		return
+	}
+	for w.synced < w.have && w.s.Synced().Position.Seq > w.cursor(w.synced).Position.Seq {
+		w.synced++ // by the fresh segment
+	}
+	if done.Frames > 0 {
+		w.folds++
 	}
 }
 
@@ -153,7 +216,7 @@ func (w *world) reset() {
 			w.t.Fatalf("it can't be reset: %v", err)
 		}
 	}
-	w.frames, w.have, w.synced, w.gone = nil, 0, 0, 0
+	w.frames, w.have, w.synced, w.gone, w.far, w.disk = nil, 0, 0, 0, 0, map[int64]int64{}
 }
 
 func (w *world) restart(crash bool, seed uint64) {
@@ -167,18 +230,19 @@ func (w *world) restart(crash bool, seed uint64) {
 	w.synced = w.have
 }
 
-// Any history of appends, syncs, trims, resets, failing disks, restarts and power
+// Any history of appends, syncs, folds, trims, resets, failing disks, restarts and power
 // cuts: what was synced and not trimmed is there, in order, and nothing else is shown.
 func TestModel(t *testing.T) {
+	folds := 0
 	rapid.Check(t, func(rt *rapid.T) {
-		w := &world{t: rt, mem: vfs.NewMem(), begin: origin}
+		w := &world{t: rt, mem: vfs.NewMem(), begin: origin, disk: map[int64]int64{}}
 		w.opts = Options{SegmentSize: rapid.SampledFrom([]int64{1000, 2500, 1 << 20}).Draw(rt, "segment")}
 		must(0, errors.Join(w.mem.MkdirAll("/spool"), w.mem.SyncDir("/")))
 		s := must(Open(w.mem, "/spool/m", w.opts))
 		must(0, errors.Join(s.Reset(origin), s.Close()))
 		w.open()
 		for range rapid.IntRange(1, 40).Draw(rt, "steps") {
-			switch call := rapid.IntRange(0, 11).Draw(rt, "call"); call {
+			switch call := rapid.IntRange(0, 13).Draw(rt, "call"); call {
 			case 0, 1, 2, 3:
 				w.append(rapid.IntRange(1, 6).Draw(rt, "frames"))
 			case 4, 5:
@@ -186,7 +250,9 @@ func TestModel(t *testing.T) {
 			case 6:
 				w.trim(rapid.IntRange(0, 40).Draw(rt, "trimmed"))
 			case 7:
-				w.read()
+				w.read(rapid.IntRange(0, 9).Draw(rt, "read"))
+			case 12, 13:
+				w.fold(rapid.SampledFrom([]int64{3000, 1 << 20}).Draw(rt, "run"))
 			case 8:
 				w.fail = true
 			case 9, 10:
@@ -201,9 +267,13 @@ func TestModel(t *testing.T) {
 			}
 		}
 		w.recover()
-		w.read()
+		w.read(1 << 30)
 		must(0, w.s.Close())
+		folds += w.folds
 	})
+	if folds == 0 {
+		t.Error("no fold was of any use")
+	}
 }
 
 // BenchmarkAppend is frames into a spool on the disk, synced every 8 MiB.

@@ -30,7 +30,7 @@ func (s *Spool) ReadFrom(c frame.Cursor) (*Reader, error) {
 	for _, p := range s.mu.parts {
 		start, end := p.reader.Start(), p.reader.End()
 		if c == start || c == end {
-			return &Reader{s: s, next: c.Position.Seq + 1, era: s.mu.era}, nil
+			return s.readerLocked(c), nil
 		}
 		if c.Position.Timeline != start.Position.Timeline || c.Position.Seq < start.Position.Seq || c.Position.Seq > end.Position.Seq {
 			continue
@@ -41,11 +41,16 @@ func (s *Spool) ReadFrom(c frame.Cursor) (*Reader, error) {
 				return nil, fmt.Errorf("read spool: %w", err)
 			}
 			if f.End() == c {
-				return &Reader{s: s, next: c.Position.Seq + 1, era: s.mu.era}, nil
+				return s.readerLocked(c), nil
 			}
 		}
 	}
 	return nil, fmt.Errorf("read spool from %v: %w", c.Position, dr.ErrGap)
+}
+
+func (s *Spool) readerLocked(c frame.Cursor) *Reader {
+	s.mu.met, s.mu.shown = true, max(s.mu.shown, c.Position.Seq)
+	return &Reader{s: s, next: c.Position.Seq + 1, era: s.mu.era}
 }
 
 // Next waits for the next durable frame and returns it. The error wraps
@@ -80,7 +85,13 @@ func (r *Reader) Next(ctx context.Context) (*frame.Frame, error) {
 func (r *Reader) Ready() bool {
 	r.s.mu.Lock()
 	defer r.s.mu.Unlock()
-	return r.s.mu.closed || r.s.mu.era != r.era || r.next <= r.s.mu.synced.Position.Seq
+	return r.s.mu.closed || r.s.mu.era != r.era || r.next <= r.s.mu.synced.Position.Seq && !r.waitsLocked()
+}
+
+// waitsLocked reports whether what comes next is being folded.
+func (r *Reader) waitsLocked() bool {
+	f := r.s.mu.fold
+	return f != nil && f.era == r.era && r.next > f.start.Position.Seq && r.next <= f.end
 }
 
 // find returns where the next frame lies, or the channel to wait on.
@@ -88,12 +99,21 @@ func (r *Reader) find() (*segment.Reader, segment.Entry, chan struct{}, error) {
 	s := r.s
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	from, e, changed, err := r.findLocked()
+	if from != nil {
+		s.mu.shown = max(s.mu.shown, e.Last)
+	}
+	return from, e, changed, err
+}
+
+func (r *Reader) findLocked() (*segment.Reader, segment.Entry, chan struct{}, error) {
+	s := r.s
 	switch {
 	case s.mu.closed:
 		return nil, segment.Entry{}, nil, fmt.Errorf("read spool: closed: %w", dr.ErrUnavailable)
 	case s.mu.era != r.era, len(s.mu.parts) > 0 && r.next <= s.mu.parts[0].reader.Start().Position.Seq:
 		return nil, segment.Entry{}, nil, fmt.Errorf("read spool at %d: %w", r.next, dr.ErrGap)
-	case r.next > s.mu.synced.Position.Seq:
+	case r.next > s.mu.synced.Position.Seq, r.waitsLocked():
 		return nil, segment.Entry{}, s.mu.changed, nil
 	}
 	if r.part != nil {

@@ -50,6 +50,7 @@ type Spool struct {
 
 	appending sync.Mutex // one Append, Reset or roll at a time
 	syncing   sync.Mutex // one Sync or roll at a time
+	folding   sync.Mutex // one Fold at a time; taken before the others
 
 	mu struct {
 		sync.Mutex
@@ -63,6 +64,12 @@ type Spool struct {
 		waiting     bool          // an Append waits for room
 		broken      bool          // heal must come first
 		closed      bool
+
+		met    bool     // a reader has been made since the spool was opened: shown is known
+		shown  dr.Seq   // readers were shown nothing behind it
+		fold   *run     // being folded: readers wait before it
+		stale  []string // segments that a folded one replaces, still to be removed
+		untidy bool     // their removal, or the replacement, is not durable yet
 	}
 }
 
@@ -71,6 +78,7 @@ type part struct {
 	name   string
 	reader *segment.Reader // another one after heal
 	size   int64           // of a sealed one
+	folded bool            // made by Fold
 }
 
 // Open opens the spool in dir, which it makes, and recovers it after a crash.
@@ -160,6 +168,7 @@ func (s *Spool) Reset(c frame.Cursor) error {
 	}
 	s.releaseLocked()
 	s.mu.parts, s.mu.broken = nil, false
+	s.mu.met, s.mu.shown, s.mu.stale, s.mu.untidy = false, 0, nil, false
 	s.mu.era++
 	s.notifyLocked()
 	if err := s.removeAll(); err != nil {

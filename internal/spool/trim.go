@@ -61,6 +61,9 @@ func (s *Spool) worthRolling(size int64) *segment.Writer {
 func (s *Spool) dropDurable() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if err := s.tidyLocked(); err != nil { // else a crash could leave what was replaced without what replaces it
+		return fmt.Errorf("trim spool: %w", err)
+	}
 	dropped := false
 	for len(s.mu.parts) > 1 && s.mu.parts[0].reader.End().Position.Seq <= s.mu.durable {
 		p := s.mu.parts[0]
