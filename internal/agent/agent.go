@@ -36,7 +36,8 @@ type agent struct {
 	dial   dialer
 	memory int64
 	log    *slog.Logger
-	news   func() // called when something happened that people wait for
+	news   func()           // called when something happened that people wait for
+	now    func() time.Time // the clock that deadlines are set by
 
 	notices chronicle
 	mu      struct {
@@ -51,7 +52,7 @@ type agent struct {
 }
 
 func newAgent(open opener, dial dialer, memory int64, log *slog.Logger) *agent {
-	a := &agent{open: open, dial: dial, memory: memory, log: log, news: func() {}}
+	a := &agent{open: open, dial: dial, memory: memory, log: log, news: func() {}, now: time.Now}
 	a.mu.changed = make(chan struct{})
 	a.mu.phase = pb.Phase_PHASE_IDLE
 	return a
@@ -63,7 +64,7 @@ func (a *agent) assign(w *pb.AgentAssignment) {
 	defer a.mu.Unlock()
 	a.mu.assigned = w
 	if s := a.mu.stream; s != nil {
-		s.setTags(wantedTags(w, time.Now()))
+		s.setTags(wantedTags(w, a.now()))
 		s.setServer(serverOf(w))
 	}
 	close(a.mu.changed)
@@ -225,7 +226,7 @@ func (a *agent) replicate(ctx context.Context, w *work, first Reason) (err error
 	a.mu.stream, a.mu.driver, a.mu.err = s, o.driver, nil
 	p := a.mu.assigned
 	a.mu.Unlock()
-	s.setTags(wantedTags(p, time.Now()))
+	s.setTags(wantedTags(p, a.now()))
 	s.setServer(serverOf(p))
 
 	ctx, cancel := context.WithCancel(ctx)

@@ -58,7 +58,7 @@ func (a *agent) report(now time.Time) *pb.AgentReport {
 	r.Capture = &pb.CaptureStatus{
 		Driver: driver, Mode: snap.source.Mode.String(), RingBytes: snap.source.RingSize, RingUsed: snap.source.RingUsed,
 	}
-	r.Tags = tagResults(p, &snap, now)
+	r.Tags = tagResults(p, &snap, a.now())
 	return r
 }
 

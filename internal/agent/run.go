@@ -41,7 +41,7 @@ func Run(ctx context.Context, c Config, log *slog.Logger) (err error) {
 	defer func() { err = errors.Join(err, d.Close()) }()
 
 	a := newAgent(d.open, dialAs(client.Identity()), int64(c.Memory), log)
-	a.news = client.ReportSoon
+	a.news, a.now = client.ReportSoon, client.ServerTime
 	r := &reporter{agent: a, machine: client.Identity().Peer().Machine, root: os.DirFS("/"), want: wantedOf(c), more: d.offered}
 	var wg sync.WaitGroup
 	for _, part := range []func() error{

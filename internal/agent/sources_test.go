@@ -14,7 +14,7 @@ import (
 
 func TestQEMUConfig(t *testing.T) {
 	for text, want := range map[string]string{
-		`{driver: qemu}`: "no monitor",
+		`{driver: qemu}`:                                                     "no monitor",
 		`{driver: qemu, qemu: {monitor: /m}}`:                                "go together",
 		`{qemu: {directory: /d, disks: [a]}}`:                                "go together",
 		`{qemu: {monitor: /m, directory: /d, disks: [a, a]}}`:                "twice",

@@ -56,6 +56,8 @@ type Client struct {
 		sync.Mutex
 		assignment *farsidev1.Assignment // never nil, never changed in place
 		applied    uint64                // the newest revision that Watch's function has seen
+		serverTime time.Time             // that the server named last; zero: never
+		heardAt    time.Time             // when
 		http       *http.Client
 		node       farsidev1connect.NodeServiceClient
 	}

@@ -149,6 +149,9 @@ func TestReport(t *testing.T) {
 	t.Parallel()
 	f := newFake(t, nil)
 	c := open(t, f.dir(f.addr), nil)
+	if off := time.Since(c.ServerTime()).Abs(); off > time.Minute {
+		t.Errorf("before any answer the clock is off by %v", off)
+	}
 	names := watch(t, c)
 	f.set(f.work(5, "a"))
 	next(t, names, "a")
@@ -167,6 +170,7 @@ func TestReport(t *testing.T) {
 		}, time.Hour)
 	}()
 	eventually(t, "the first report", func() bool { n, _ := f.count(); return n == 1 })
+	eventually(t, "the server's clock", func() bool { return c.ServerTime().Sub(time.Unix(0, fakeTime)).Abs() < time.Minute })
 	r := f.lastReport()
 	if r.GetVersion() != "v1" || r.GetAssignmentRevision() != 5 || r.GetHost().GetOs() == "" || r.GetStartedNs() == 0 || r.GetClockNs() == 0 || r.GetAddresses()[0] != "a:1" {
 		t.Errorf("report %v", r)

@@ -145,6 +145,9 @@ func (f *fake) Watch(ctx context.Context, r *farsidev1.WatchRequest) (*farsidev1
 	}
 }
 
+// fakeTime is what the clock of the server says: another time than this machine's.
+const fakeTime = int64(1e18)
+
 // Report implements the call.
 func (f *fake) Report(_ context.Context, r *farsidev1.ReportRequest) (*farsidev1.ReportResponse, error) {
 	f.mu.Lock()
@@ -153,7 +156,7 @@ func (f *fake) Report(_ context.Context, r *farsidev1.ReportRequest) (*farsidev1
 		return nil, f.mu.fail
 	}
 	f.mu.reports = append(f.mu.reports, r.GetReport())
-	return &farsidev1.ReportResponse{}, nil
+	return &farsidev1.ReportResponse{ServerTimeNs: fakeTime}, nil
 }
 
 // Renew implements the call.

@@ -69,7 +69,33 @@ func (c *Client) reportOnce(ctx context.Context, r *farsidev1.Report, host *fars
 	}
 	r.ClockNs = c.now().UnixNano()
 	return c.call(ctx, callTimeout, func(ctx context.Context, node farsidev1connect.NodeServiceClient) error {
-		_, err := node.Report(ctx, &farsidev1.ReportRequest{Report: r})
+		answer, err := node.Report(ctx, &farsidev1.ReportRequest{Report: r})
+		if err == nil {
+			c.serverSaid(answer.GetServerTimeNs())
+		}
 		return err
 	})
+}
+
+// serverSaid takes down what the server's clock said just now.
+func (c *Client) serverSaid(ns int64) {
+	if ns <= 0 {
+		return
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.mu.serverTime, c.mu.heardAt = time.Unix(0, ns), c.now()
+}
+
+// ServerTime returns what the server's clock says now, by its last answer to a report and
+// the time since: setting this machine's clock does not change it. Before the first answer it is this
+// machine's clock. Deadlines that the server sets are to be held against it.
+func (c *Client) ServerTime() time.Time {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	now := c.now()
+	if c.mu.serverTime.IsZero() {
+		return now
+	}
+	return c.mu.serverTime.Add(now.Sub(c.mu.heardAt)) // monotonic
 }

@@ -25,7 +25,7 @@ import (
 const (
 	NodeLifetime   = 90 * 24 * time.Hour
 	rootLifetime   = 30 * 365 * 24 * time.Hour
-	backdate       = time.Hour // for peers whose clock is behind
+	backdate       = 24 * time.Hour // for peers whose clock is behind
 	caFile         = "ca.pem"
 	maxNames       = 16
 	maxCertificate = 64 << 10 // bytes of one certificate or request that we parse

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -15,7 +16,6 @@ import (
 	farsidev1 "farside/internal/api/farside/v1"
 	"farside/internal/demo/stage"
 	"farside/internal/dr"
-	"farside/internal/export"
 	"farside/internal/nbd/nbdtest"
 	"farside/internal/segment"
 	"farside/internal/testenv"
@@ -47,8 +47,8 @@ func everyWriteIsAPoint(t *testing.T, o labOptions) {
 	var tag *farsidev1.TagPoint
 	l.load(func() {
 		time.Sleep(time.Second) // something to copy
-		l.protect()
-		l.exact()
+		l.protect(l.loop.Device)
+		l.exact(90 * time.Second)
 		time.Sleep(6 * time.Second)
 		tag = l.headEqualsDevice("compared")
 		time.Sleep(time.Second)
@@ -57,36 +57,10 @@ func everyWriteIsAPoint(t *testing.T, o labOptions) {
 		return
 	}
 	l.leave()
-	positions := l.exactPositions(30, tag.GetPosition())
-	times := map[uint64]int64{}
-	image := filepath.Join(l.scratch(), "point.img")
-	for _, p := range positions {
-		v := l.open(p, false)
-		status := v.View.GetStatus()
-		times[p.GetSeq()] = status.GetTimeNs()
-		if got := status.GetPosition(); got.GetSeq() != p.GetSeq() {
-			t.Errorf("asked for %v, got %v", p, got)
-		}
-		l.fetch(v, image)
-		l.close(v)
-		if err := l.judge(image, times[p.GetSeq()]); err != nil {
-			t.Errorf("position %v: %v", p, err)
-		}
-	}
+	positions := l.positions(rand.New(rand.NewPCG(7, 7)), 30, nil, tag.GetPosition())
+	times := l.right(positions)
 	t.Logf("%d commits; 30 positions from %v to %v are right", l.oracle.Last(), positions[0], positions[29])
 	l.replay(positions, times)
-}
-
-func (l *lab) fetch(v *stage.Opened, image string) {
-	l.t.Helper()
-	f, err := os.Create(image)
-	if err != nil {
-		l.t.Fatal(err)
-	}
-	_, err = export.WriteRaw(l.t.Context(), f, v.Disk, 0, nil)
-	if err := errors.Join(err, f.Close()); err != nil {
-		l.t.Fatal(err)
-	}
 }
 
 // replay applies the frames in the vault's segments to images, without vault or
@@ -186,7 +160,7 @@ func copySparse(from, to string) error {
 func TestOverflowAndReturn(t *testing.T) {
 	l := newLab(t, labOptions{size: 192 << 20, ring: "1MiB"})
 	l.load(func() {
-		l.protect()
+		l.protect(l.loop.Device)
 		err := stage.Poll(t.Context(), 60*time.Second, "wait for an overflow", func(ctx context.Context) (bool, error) {
 			m, err := l.stage.Far.State(ctx)
 			return m.GetCounters().GetOverflows() > 1, errors.Join(err, l.stage.Ended())
@@ -195,7 +169,7 @@ func TestOverflowAndReturn(t *testing.T) {
 			t.Fatal(err)
 		}
 	})
-	m := l.exact()
+	m := l.exact(90 * time.Second)
 	l.headEqualsDevice("after overflows")
 	t.Logf("%d overflows", m.GetCounters().GetOverflows())
 }
@@ -206,8 +180,8 @@ func TestJudgesOnAView(t *testing.T) {
 	testenv.NeedTool(t, "nbdinfo", "nbdcopy", "qemu-img", "qemu-io", "fio")
 	l := newLab(t, labOptions{size: 64 << 20})
 	l.load(func() {
-		l.protect()
-		l.exact()
+		l.protect(l.loop.Device)
+		l.exact(90 * time.Second)
 		time.Sleep(time.Second)
 	})
 	tag := l.headEqualsDevice("judged")

@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"strconv"
 	"time"
 	"unsafe"
 
@@ -77,6 +78,9 @@ func Database(ctx context.Context, dir string, o recorder) error {
 			return fmt.Errorf("commit row %d: %w", row, err)
 		}
 		o.Record(row, time.Now())
+		if slow > 1 {
+			pause(ctx, time.Millisecond)
+		}
 	}
 	return nil
 }
@@ -273,9 +277,19 @@ func alignedPage() []byte {
 	return b[skip : skip+page]
 }
 
+// slow is by how much each pause of the load is longer than usual: for machines that
+// can't do more, as emulated ones.
+var slow = func() time.Duration {
+	n, err := strconv.Atoi(os.Getenv("FARSIDE_LOAD_SLOW"))
+	if err != nil || n < 1 {
+		return 1
+	}
+	return time.Duration(n)
+}()
+
 func pause(ctx context.Context, d time.Duration) {
 	select {
 	case <-ctx.Done():
-	case <-time.After(d):
+	case <-time.After(d * slow):
 	}
 }

@@ -101,20 +101,14 @@ type Report struct {
 // started is.
 func (m *Machine) Boot(ctx context.Context, task Task) (Report, error) {
 	initramfs := filepath.Join(task.Dir, "initramfs")
-	if err := m.writeInitramfs(initramfs); err != nil {
+	if err := m.Initramfs(initramfs, initScript); err != nil {
 		return Report{}, fmt.Errorf("boot a guest: %w", err)
 	}
-	args := []string{
-		"-nodefaults", "-no-user-config", "-accel", task.Accel, "-m", "256", "-display", "none", "-monitor", "none",
-		"-no-reboot", "-serial", "stdio", "-kernel", m.kernel, "-initrd", initramfs,
-		"-append", fmt.Sprintf("console=ttyS0 quiet panic=-1 farside.sum=%d", task.Sum),
-	}
+	args := []string{"-m", "256", "-no-reboot", "-serial", "stdio"}
 	if task.Disk != "" {
 		args = append(args, "-drive", "file="+strings.ReplaceAll(task.Disk, ",", ",,")+",format=raw,if=virtio,cache=none,discard=unmap")
 	}
-	cmd := exec.CommandContext(ctx, m.qemu, args...)
-	cmd.WaitDelay = 5 * time.Second
-	dieWithParent(cmd)
+	cmd := m.Command(ctx, task.Accel, initramfs, fmt.Sprintf("panic=-1 farside.sum=%d", task.Sum), args...)
 	var errs bytes.Buffer
 	cmd.Stderr = &errs
 	out, err := cmd.StdoutPipe()
@@ -135,6 +129,18 @@ func (m *Machine) Boot(ctx context.Context, task Task) (Report, error) {
 		return report, fmt.Errorf("boot a guest: %s: %w", strings.TrimSpace(errs.String()), err)
 	}
 	return report, nil
+}
+
+// Command returns the command line of a guest without any device but its processor: with an accelerator, an
+// initramfs, further words for the kernel, and further arguments of QEMU. It dies with the caller.
+func (m *Machine) Command(ctx context.Context, accel, initramfs, words string, args ...string) *exec.Cmd {
+	cmd := exec.CommandContext(ctx, m.qemu, append([]string{
+		"-nodefaults", "-no-user-config", "-accel", accel, "-display", "none", "-monitor", "none",
+		"-kernel", m.kernel, "-initrd", initramfs, "-append", "console=ttyS0 quiet " + words,
+	}, args...)...)
+	cmd.WaitDelay = 5 * time.Second
+	dieWithParent(cmd)
+	return cmd
 }
 
 // listen reads the serial console to its end.

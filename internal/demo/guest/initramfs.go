@@ -53,9 +53,10 @@ var (
 	optional = []string{"crc32c_generic"} // part of the kernel proper since 6.15
 )
 
-// writeInitramfs makes the archive that the kernel unpacks: busybox, init and modules.
-func (m *Machine) writeInitramfs(path string) error {
-	modules, err := m.moduleOrder()
+// Initramfs makes the archive that the kernel unpacks: busybox, a script that is run first, and the modules for
+// a virtio disk with ext4 and those named; the script loads them from /modules in the order of /modules/order.
+func (m *Machine) Initramfs(path, init string, further ...string) error {
+	modules, err := m.moduleOrder(slices.Concat(wanted, further))
 	if err != nil {
 		return err
 	}
@@ -69,7 +70,7 @@ func (m *Machine) writeInitramfs(path string) error {
 	}
 	a.device("dev/console", 5, 1)
 	a.add("bin/busybox", modeFile|0o755, busybox)
-	a.add("init", modeFile|0o755, []byte(initScript))
+	a.add("init", modeFile|0o755, []byte(init))
 	var order []string
 	for _, mod := range modules {
 		a.add("modules/"+mod.name+".ko", modeFile|0o644, mod.content)
@@ -90,7 +91,7 @@ type module struct {
 }
 
 // moduleOrder returns the modules to load, each after those that it needs.
-func (m *Machine) moduleOrder() ([]module, error) {
+func (m *Machine) moduleOrder(names []string) ([]module, error) {
 	files, err := moduleFiles(m.modules)
 	if err != nil {
 		return nil, err
@@ -124,7 +125,7 @@ func (m *Machine) moduleOrder() ([]module, error) {
 		order = append(order, mod)
 		return nil
 	}
-	for _, name := range wanted {
+	for _, name := range names {
 		if err := visit(name); err != nil {
 			return nil, err
 		}

@@ -45,6 +45,9 @@ type Options struct {
 	// Settings are further lines of configuration files, or others instead of the
 	// usual ones: by role ("agent") and key ("memory").
 	Settings map[string]map[string]string
+	// Elsewhere is set when the agent runs on another machine: it joins, for that
+	// machine to have the directory "agent" and "agent.yaml", but isn't started.
+	Elsewhere bool
 }
 
 // role is one of the programs on the stage.
@@ -93,7 +96,11 @@ func Raise(ctx context.Context, o Options) (s *Stage, err error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := s.start("config-server", map[string]string{"listen": fmt.Sprintf("127.0.0.1:%d", port), "report_every": "200ms"}); err != nil {
+	err = s.prepare("config-server", map[string]string{"listen": fmt.Sprintf("127.0.0.1:%d", port), "report_every": "200ms"})
+	if err == nil {
+		err = s.Again("config-server")
+	}
+	if err != nil {
 		return s, err
 	}
 	if err := s.connect(ctx); err != nil {
@@ -103,30 +110,41 @@ func Raise(ctx context.Context, o Options) (s *Stage, err error) {
 		if err := s.join(ctx, r); err != nil {
 			return s, err
 		}
-		if err := s.start(r.verb, r.conf); err != nil {
+		if err := s.prepare(r.verb, r.conf); err != nil {
+			return s, err
+		}
+		if r.join == farsidev1.Role_ROLE_AGENT && o.Elsewhere {
+			continue
+		}
+		if err := s.Again(r.verb); err != nil {
 			return s, err
 		}
 	}
+	if o.Elsewhere {
+		return s, nil
+	}
+	return s, s.Wait(ctx, pollLong)
+}
+
+// Wait waits until all that joined have reported.
+func (s *Stage) Wait(ctx context.Context, limit time.Duration) error {
 	for _, r := range s.roles() {
-		n, err := s.online(ctx, r)
+		n, err := s.online(ctx, r, limit)
 		if err != nil {
-			return s, err
+			return err
 		}
 		if r.join == farsidev1.Role_ROLE_AGENT {
 			s.Far.Machine = n.GetMachineId()
 		}
 	}
-	return s, nil
+	return nil
 }
 
-// start writes a role's configuration and starts it.
-func (s *Stage) start(verb string, conf map[string]string) error {
+// prepare writes a role's configuration.
+func (s *Stage) prepare(verb string, conf map[string]string) error {
 	conf = maps.Clone(conf)
 	maps.Copy(conf, s.Settings[verb])
-	if err := s.configure(verb, conf); err != nil {
-		return err
-	}
-	return s.Again(verb)
+	return s.configure(verb, conf)
 }
 
 // configure writes the configuration file of the role whose files have that name.
@@ -212,9 +230,9 @@ func (s *Stage) joinAs(ctx context.Context, as farsidev1.Role, name string) erro
 const pollLong = 30 * time.Second
 
 // online waits until the node of a role has reported.
-func (s *Stage) online(ctx context.Context, r role) (*farsidev1.Node, error) {
+func (s *Stage) online(ctx context.Context, r role, limit time.Duration) (*farsidev1.Node, error) {
 	var found *farsidev1.Node
-	err := Poll(ctx, pollLong, "wait for the "+r.verb, func(ctx context.Context) (bool, error) {
+	err := Poll(ctx, limit, "wait for the "+r.verb, func(ctx context.Context) (bool, error) {
 		if err := s.Ended(); err != nil {
 			return false, err
 		}

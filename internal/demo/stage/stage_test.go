@@ -65,7 +65,7 @@ func TestHaltAndAgain(t *testing.T) {
 	}
 	s := &Stage{Options: Options{Dir: dir, Program: program, Settings: map[string]map[string]string{"agent": {"memory": "32MiB", "listen": "other"}}}}
 	defer s.Strike()
-	if err := s.start("agent", map[string]string{"listen": "usual"}); err != nil {
+	if err := errors.Join(s.prepare("agent", map[string]string{"listen": "usual"}), s.Again("agent")); err != nil {
 		t.Fatal(err)
 	}
 	for _, crash := range []bool{true, false} {
