@@ -5,11 +5,13 @@
 // Main types: Config, the configuration file; Run, the role. Within: replicator,
 // a state machine that makes one stream of captured writes and bulk reads;
 // outbox, the frames that are not stored yet; stream, a replicator and its link;
+// pointMaker and schedule, which have the file systems stand still for a point;
 // agent, which does what the configuration server assigns. docs/agent.md shows the
 // states and why bulk reads and captured writes can't harm each other.
 //
 // The agent keeps no frames and no dirty map on disk: when it restarts, disks are
-// read again. It doesn't freeze file systems and decides nothing about policy.
+// read again. It freezes nothing itself (package quiesce does) and decides nothing about
+// policy.
 //
 // Concurrency: Run owns all goroutines and waits for them. A replicator belongs
 // to one goroutine; outbox, stream and agent are safe for concurrent use.
@@ -38,6 +40,8 @@ type agent struct {
 	log    *slog.Logger
 	news   func()           // called when something happened that people wait for
 	now    func() time.Time // the clock that deadlines are set by
+	still  *stillness
+	points schedule
 
 	notices chronicle
 	mu      struct {
@@ -63,6 +67,7 @@ func (a *agent) assign(w *pb.AgentAssignment) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.mu.assigned = w
+	a.points.set(w.GetSettings().GetPoints(), time.Now())
 	if s := a.mu.stream; s != nil {
 		s.setTags(wantedTags(w, a.now()))
 		s.setServer(serverOf(w))
@@ -221,7 +226,7 @@ func (a *agent) replicate(ctx context.Context, w *work, first Reason) (err error
 	a.mu.Lock()
 	s := newStream(o.src, streamConfig{
 		machine: w.machine, timeline: w.timeline, first: first, used: o.used, tune: tune,
-		dial: a.dial, log: a.log, notices: &a.notices, news: a.news,
+		dial: a.dial, log: a.log, notices: &a.notices, news: a.news, still: a.still, schedule: &a.points,
 	})
 	a.mu.stream, a.mu.driver, a.mu.err = s, o.driver, nil
 	p := a.mu.assigned

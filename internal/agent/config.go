@@ -1,9 +1,13 @@
 package agent
 
 import (
+	"errors"
 	"fmt"
+	"path/filepath"
+	"time"
 
 	"farside/internal/dr"
+	"farside/internal/quiesce"
 	"farside/internal/rolefile"
 )
 
@@ -22,6 +26,8 @@ type Config struct {
 	LoopDevices bool `yaml:"loop_devices"`
 	// Disks are paths that are offered for protection besides those found.
 	Disks []string `yaml:"disks"`
+	// Points says how consistency points are made.
+	Points PointsConfig `yaml:"points"`
 	// Version is the program's, for reports; the program sets it.
 	Version string `yaml:"-"`
 }
@@ -39,6 +45,37 @@ type CaptureConfig struct {
 	QEMU QEMUConfig `yaml:"qemu"`
 }
 
+// PointsConfig says how consistency points are made on this machine. When they are made
+// is not in it.
+type PointsConfig struct {
+	// Hooks is the directory that holds pre-freeze.d and post-thaw.d. Default /etc/farside.
+	Hooks string `yaml:"hooks"`
+	// Run is where each run of the hooks gets a directory of its own. It must not lie on a protected
+	// disk. Default /run/farside/hooks.
+	Run string `yaml:"run"`
+	// HookTimeout bounds one hook, HooksTimeout all of one directory. Defaults 20s and 60s.
+	HookTimeout  time.Duration `yaml:"hook_timeout"`
+	HooksTimeout time.Duration `yaml:"hooks_timeout"`
+}
+
+func (p *PointsConfig) check() error {
+	for _, d := range []string{p.Hooks, p.Run} {
+		if !filepath.IsAbs(d) {
+			return fmt.Errorf("points: %q is not an absolute path: %w", d, dr.ErrInvalid)
+		}
+	}
+	if p.HookTimeout <= 0 || p.HooksTimeout < p.HookTimeout || p.HooksTimeout > maxHooksTimeout {
+		return fmt.Errorf("points: hook_timeout %s and hooks_timeout %s: want 0 < the first ≤ the second ≤ %s: %w",
+			p.HookTimeout, p.HooksTimeout, maxHooksTimeout, dr.ErrInvalid)
+	}
+	return nil
+}
+
+// hooks returns the hooks of a machine whose agent keeps its data in a directory.
+func (p *PointsConfig) hooks(data string) *quiesce.Hooks {
+	return &quiesce.Hooks{Dir: p.Hooks, Run: p.Run, Logs: filepath.Join(data, "hooks"), Each: p.HookTimeout, Total: p.HooksTimeout}
+}
+
 // TapConfig sets the tap up: an NBD server in front of files or devices.
 type TapConfig struct {
 	Socket string    `yaml:"socket"` // Unix socket on which writers connect
@@ -54,6 +91,8 @@ type TapDisk struct {
 const (
 	minMemory     = 32 << 20
 	defaultMemory = 64 << 20
+
+	maxHooksTimeout = 10 * time.Minute
 )
 
 // LoadConfig reads the configuration file. Errors wrap dr.ErrInvalid or are those
@@ -63,7 +102,9 @@ func LoadConfig(path string) (Config, error) { return rolefile.Load(path, ParseC
 // ParseConfig reads a configuration and fills the defaults in. Errors wrap
 // dr.ErrInvalid.
 func ParseConfig(b []byte) (Config, error) {
-	c := Config{Memory: defaultMemory, Capture: CaptureConfig{Driver: driverAuto}}
+	c := Config{Memory: defaultMemory, Capture: CaptureConfig{Driver: driverAuto}, Points: PointsConfig{
+		Hooks: "/etc/farside", Run: "/run/farside/hooks", HookTimeout: 20 * time.Second, HooksTimeout: time.Minute,
+	}}
 	if err := rolefile.Decode(b, &c); err != nil {
 		return Config{}, err
 	}
@@ -93,7 +134,7 @@ func (c *Config) check() error {
 	if err := c.Capture.QEMU.check(); err != nil {
 		return err
 	}
-	return c.Capture.Tap.check()
+	return errors.Join(c.Capture.Tap.check(), c.Points.check())
 }
 
 func (t *TapConfig) set() bool { return t.Socket != "" && len(t.Disks) > 0 }

@@ -7,6 +7,7 @@ import (
 	"reflect"
 	"strings"
 	"testing"
+	"time"
 
 	"farside/internal/dr"
 )
@@ -23,6 +24,7 @@ capture:
     disks: [{name: one, path: /srv/one.img}]
 loop_devices: true
 disks: [/srv/two.img]
+points: {hooks: /opt/hooks, hook_timeout: 5s}
 `))
 	want := Config{
 		Data: "/var/lib/farside", Memory: 128 << 20,
@@ -31,6 +33,7 @@ disks: [/srv/two.img]
 			Tap: TapConfig{Socket: "/run/tap.sock", Disks: []TapDisk{{"one", "/srv/one.img"}}},
 		},
 		LoopDevices: true, Disks: []string{"/srv/two.img"},
+		Points: PointsConfig{Hooks: "/opt/hooks", Run: "/run/farside/hooks", HookTimeout: 5 * time.Second, HooksTimeout: time.Minute},
 	}
 	if err != nil || !reflect.DeepEqual(got, want) {
 		t.Errorf("got %+v, %v\nwant %+v", got, err, want)
@@ -55,6 +58,10 @@ func TestParseConfigRefuses(t *testing.T) {
 		"tap no disks":  {"data: d\ncapture: {tap: {socket: s}}", "go together"},
 		"tap no name":   {"data: d\ncapture: {tap: {socket: s, disks: [{path: p}]}}", "name and path"},
 		"tap twice":     {"data: d\ncapture: {tap: {socket: s, disks: [{name: a, path: p}, {name: b, path: p}]}}", "twice"},
+		"hooks":         {"data: d\npoints: {hooks: here}", "absolute"},
+		"no patience":   {"data: d\npoints: {hook_timeout: 0s}", "hook_timeout"},
+		"hooks shorter": {"data: d\npoints: {hook_timeout: 5s, hooks_timeout: 4s}", "hooks_timeout"},
+		"endless hooks": {"data: d\npoints: {hooks_timeout: 48h}", "hooks_timeout"},
 		"not yaml":      {"\t", "yaml"},
 	} {
 		_, err := ParseConfig([]byte(c.text))

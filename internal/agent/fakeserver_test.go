@@ -5,6 +5,7 @@ import (
 	"context"
 	"fmt"
 	"net"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -33,7 +34,36 @@ type fakeServer struct {
 		dials   int
 		refuse  error
 		down    bool
+		tags    []taggedImage
 	}
+}
+
+// taggedImage is a tag with what the disks held there.
+type taggedImage struct {
+	dr.Tag
+	disks map[dr.DiskID][]byte
+}
+
+func (f *fakeServer) noteTagLocked(fr *frame.Frame) error {
+	if fr.Kind != frame.TagKind {
+		return nil
+	}
+	tag, err := fr.Tag()
+	if err != nil {
+		return err
+	}
+	if fr.Open {
+		f.t.Errorf("tag %q where no point is", tag.Name)
+	}
+	f.mu.tags = append(f.mu.tags, taggedImage{tag, cloneDisks(f.mu.disks)})
+	return nil
+}
+
+// tagged returns the tags that came.
+func (f *fakeServer) tagged() []taggedImage {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return slices.Clone(f.mu.tags)
 }
 
 func newFakeServer(t *testing.T, machine dr.MachineID, disks []capture.Disk) *fakeServer {
@@ -112,6 +142,9 @@ func (f *fakeServer) Append(_ context.Context, frames []*frame.Frame) error {
 		}
 		f.mu.at, f.mu.exact = fr.End(), !fr.Open
 		f.mu.kinds[fr.Kind]++
+		if err := f.noteTagLocked(fr); err != nil {
+			return err
+		}
 	}
 	return nil
 }

@@ -160,6 +160,9 @@ func (r *replicator) patience() time.Duration {
 
 // advance does what is next in the phase.
 func (r *replicator) advance(ctx context.Context) error {
+	if err := r.putHeld(); err != nil {
+		return err
+	}
 	if r.phase == Syncing {
 		return r.drain(ctx)
 	}

@@ -22,14 +22,19 @@ func late(t *pb.TagRequest, now time.Time) bool {
 	return t.GetDeadlineNs() != 0 && now.UnixNano() > t.GetDeadlineNs()
 }
 
-// tagOf reads a request. Only crash consistency can be had so far: that is what
-// the tag says.
+// tagOf reads a request. The tag says what is wanted of it.
 func tagOf(t *pb.TagRequest) (dr.Tag, error) {
 	id, err := dr.ParseNodeID(t.GetId())
 	if err != nil {
 		return dr.Tag{}, err
 	}
 	tag := dr.Tag{ID: id, Consistency: dr.Crash, Name: t.GetName()}
+	switch t.GetConsistency() {
+	case pb.Consistency_CONSISTENCY_FILESYSTEM:
+		tag.Consistency = dr.FileSystem
+	case pb.Consistency_CONSISTENCY_APPLICATION:
+		tag.Consistency = dr.Application
+	}
 	if t.GetGroupId() != "" {
 		group, err := dr.ParseNodeID(t.GetGroupId())
 		if err != nil {
@@ -134,22 +139,27 @@ func tagResults(p *pb.AgentAssignment, s *snapshot, now time.Time) []*pb.TagResu
 	for _, t := range p.GetTags() {
 		tag, err := tagOf(t)
 		at, placed := s.placed[tag.ID]
+		outcome, known := s.outcomes[tag.ID]
 		switch {
 		case err != nil:
 			out = append(out, &pb.TagResult{Id: t.GetId(), Error: err.Error()})
 		case placed && at.Timeline == s.timeline && at.Seq <= s.durable:
-			r := &pb.TagResult{
-				Id: t.GetId(), Position: position(s, at.Seq), Consistency: pb.Consistency_CONSISTENCY_CRASH,
-			}
-			if t.GetConsistency() > pb.Consistency_CONSISTENCY_CRASH {
-				r.Detail = "freezing is not supported yet: this is a crash-consistent point"
-			}
-			out = append(out, r)
+			out = append(out, &pb.TagResult{
+				Id: t.GetId(), Position: position(s, at.Seq), Consistency: reached(outcome), Detail: outcome.detail,
+			})
+		case known && outcome.detail != "":
+			// Said before the tag is durable: who asked must hear of it when it is.
+			out = append(out, &pb.TagResult{Id: t.GetId(), Consistency: reached(outcome), Detail: outcome.detail})
 		case !placed && late(t, now):
 			out = append(out, &pb.TagResult{Id: t.GetId(), Error: "not placed in time: the stream is " + s.phase.String()})
 		}
 	}
 	return out
+}
+
+// reached returns the consistency of a tag that was placed.
+func reached(o outcome) pb.Consistency {
+	return pb.Consistency(max(o.reached, dr.Crash))
 }
 
 func noticesOf(ns []notice) []*pb.Notice {

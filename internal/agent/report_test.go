@@ -130,6 +130,15 @@ func TestTagOf(t *testing.T) {
 	if err != nil || tag.Name != "n" || tag.Group != tag.ID || tag.Consistency != dr.Crash {
 		t.Errorf("tag %+v, %v", tag, err)
 	}
+	for c := pb.Consistency_CONSISTENCY_UNSPECIFIED; c < 9; c++ {
+		want := max(dr.Crash, dr.Consistency(c))
+		if want > dr.Application {
+			want = dr.Crash // asked for by a newer configuration server
+		}
+		if tag, err := tagOf(&pb.TagRequest{Id: id, Consistency: c}); err != nil || tag.Consistency != want {
+			t.Errorf("%v is taken for %v, %v", c, tag.Consistency, err)
+		}
+	}
 	for name, r := range map[string]*pb.TagRequest{
 		"id":        {Id: "x"},
 		"group":     {Id: id, GroupId: "x"},

@@ -14,6 +14,7 @@ import (
 	pb "farside/internal/api/farside/v1"
 	"farside/internal/control"
 	"farside/internal/dr"
+	"farside/internal/quiesce"
 	"farside/internal/transport"
 )
 
@@ -26,6 +27,12 @@ const (
 // ends, and then returns nil. Errors wrap dr.ErrNotFound if the node has not
 // joined, and dr.ErrInvalid if it joined as something else.
 func Run(ctx context.Context, c Config, log *slog.Logger) (err error) {
+	// From here on nothing may wait for a disk that is frozen, or full.
+	log, stop := newPatientLog(log)
+	defer stop()
+	if _, err := quiesce.LockProgram(); err != nil {
+		log.Warn("the program may have to be read from disk while that is frozen", "error", err)
+	}
 	client, err := control.Open(control.Options{DataDir: c.Data, Version: c.Version, Log: log})
 	if err != nil {
 		return fmt.Errorf("start agent: %w", err)
@@ -43,7 +50,9 @@ func Run(ctx context.Context, c Config, log *slog.Logger) (err error) {
 	a := newAgent(d.open, dialAs(client.Identity()), int64(c.Memory), log)
 	a.news, a.now = client.ReportSoon, client.ServerTime
 	r := &reporter{agent: a, machine: client.Identity().Peer().Machine, root: os.DirFS("/"), want: wantedOf(c), more: d.offered}
+	a.still = newStillness(quiesceNow, c.Points.hooks(c.Data))
 	var wg sync.WaitGroup
+	wg.Go(a.recoverHooks(client.Identity().Peer().Machine))
 	for _, part := range []func() error{
 		func() error {
 			return client.Watch(ctx, func(w *pb.Assignment) { a.assign(w.GetAgent()) })
@@ -108,5 +117,5 @@ func (r *reporter) report() *pb.Report {
 	}
 	a := r.agent.report(now)
 	a.MachineId, a.Discovered = r.machine.String(), r.disks
-	return &pb.Report{Work: &pb.Report_Agent{Agent: a}}
+	return &pb.Report{Work: &pb.Report_Agent{Agent: a}, Notices: noticesOf(r.agent.points.alerts(now))}
 }

@@ -1,10 +1,12 @@
 package agent
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net"
 	"slices"
 	"sync"
@@ -38,19 +40,24 @@ type stream struct {
 	log      *slog.Logger
 	notices  *chronicle // outlives the stream
 	news     func()     // called when something happened that people wait for
+	points   *pointMaker
 
 	mu struct {
 		sync.Mutex
-		server    server
-		serverNew chan struct{} // closed and replaced when server is
-		tags      []dr.Tag
-		tagsNew   bool
-		orders    []*order // that the replicator has not seen yet
-		status    status
-		safeTags  int
-		connected string
-		linkErr   error
-		far       *link.Caller // of the newest link; nil before the first
+		server      server
+		serverNew   chan struct{} // closed and replaced when server is
+		tags        []dr.Tag      // wanted
+		tagsNew     bool
+		tagsChanged chan struct{} // closed and replaced when others are wanted
+		held        *heldTag      // waits for the replicator to take it
+		fallen      []dr.Tag      // to be placed though they are not what was wanted
+		outcomes    map[[16]byte]outcome
+		orders      []*order // that the replicator has not seen yet
+		status      status
+		safeTags    int
+		connected   string
+		linkErr     error
+		far         *link.Caller // of the newest link; nil before the first
 	}
 }
 
@@ -65,6 +72,8 @@ type streamConfig struct {
 	log      *slog.Logger
 	notices  *chronicle
 	news     func()
+	still    *stillness // nil: every point is only crash consistent
+	schedule *schedule
 }
 
 func newStream(src capture.Source, c streamConfig) *stream {
@@ -74,7 +83,8 @@ func newStream(src capture.Source, c streamConfig) *stream {
 	}
 	s.rep = newReplicator(src, s.out, c.tune)
 	s.rep.stats.consumed = c.used
-	s.mu.serverNew = make(chan struct{})
+	s.mu.serverNew, s.mu.tagsChanged = make(chan struct{}), make(chan struct{})
+	s.points = &pointMaker{stream: s, stillness: cmp.Or(c.still, newStillness(never, nil)), schedule: cmp.Or(c.schedule, &schedule{})}
 	s.mu.status = s.rep.status()
 	return s
 }
@@ -85,7 +95,7 @@ func (s *stream) run(ctx context.Context) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	var wg sync.WaitGroup
-	for _, part := range []func(context.Context) error{s.replicate, s.keepLink} {
+	for _, part := range []func(context.Context) error{s.replicate, s.keepLink, s.points.run} {
 		wg.Go(func() { cancel(part(ctx)) })
 	}
 	wg.Wait()
@@ -139,7 +149,10 @@ func (s *stream) passTags() {
 	defer s.mu.Unlock()
 	if s.mu.tagsNew {
 		s.mu.tagsNew = false
-		s.rep.tags.set(s.mu.tags)
+		s.rep.tags.set(s.crashTagsLocked())
+	}
+	if s.mu.held != nil && s.rep.tags.held == nil {
+		s.rep.tags.held, s.mu.held = s.mu.held, nil
 	}
 	for _, o := range s.mu.orders {
 		s.rep.tags.obey(o)
@@ -164,6 +177,7 @@ func (s *stream) publish(now time.Time, fenced bool) {
 	if len(news) > 0 || safe != s.mu.safeTags {
 		s.news()
 	}
+	s.forgetOutcomesLocked(&st)
 	s.mu.status, s.mu.safeTags = st, safe
 }
 
@@ -183,6 +197,8 @@ func (s *stream) setTags(ts []dr.Tag) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.mu.tags, s.mu.tagsNew = ts, true
+	close(s.mu.tagsChanged)
+	s.mu.tagsChanged = make(chan struct{})
 }
 
 // setServer says where the frames go. A link that stands elsewhere is given up;
@@ -326,6 +342,7 @@ type snapshot struct {
 	delivery
 	connected string
 	linkErr   error
+	outcomes  map[[16]byte]outcome
 }
 
 func (s *stream) snapshot(now time.Time) snapshot {
@@ -333,6 +350,6 @@ func (s *stream) snapshot(now time.Time) snapshot {
 	defer s.mu.Unlock()
 	return snapshot{
 		status: s.mu.status, delivery: s.out.delivery(now, s.mu.status.phase == Exact),
-		connected: s.mu.connected, linkErr: s.mu.linkErr,
+		connected: s.mu.connected, linkErr: s.mu.linkErr, outcomes: maps.Clone(s.mu.outcomes),
 	}
 }

@@ -1,6 +1,8 @@
 package agent
 
 import (
+	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"time"
@@ -18,6 +20,7 @@ type tagQueue struct {
 	count  int       // how many of wanted are due
 	at     uint64    // stream position that they must not precede
 	when   time.Time // when that was the tail: the time of these tags
+	held   *heldTag  // nil: none
 }
 
 // wish is a tag that is wanted: by the assignment, or by an order of this machine.
@@ -25,6 +28,20 @@ type wish struct {
 	dr.Tag
 	order *order // nil: by the assignment
 }
+
+// heldTag is a tag that says that the file systems stood still: it must be placed while
+// they do.
+type heldTag struct {
+	tag  dr.Tag
+	ctx  context.Context // ends when it is not wanted any more
+	mark uint64          // stream position that was the tail when they stood still
+	when time.Time       // then
+	held func() error    // reports whether they still do
+	done chan error      // gets one value: nil when it is placed, else why it was not; has room for it
+}
+
+// errNotExact says that the stream can't have a point now.
+var errNotExact = fmt.Errorf("the stream is not exact: %w", dr.ErrUnavailable)
 
 // maxPlaced bounds how many placed tags are remembered. The far side ignores a
 // tag that it has, so forgetting one costs a frame.
@@ -53,7 +70,7 @@ func (q *tagQueue) ask(t dr.Tag) {
 // obey adds an order to what is wanted.
 func (q *tagQueue) obey(o *order) { q.wanted = append(q.wanted, wish{o.tag, o}) }
 
-func (q *tagQueue) pending() bool { return len(q.wanted) > 0 }
+func (q *tagQueue) pending() bool { return len(q.wanted) > 0 || q.held != nil }
 
 // mark returns the stream position that the source must pass before the tags that
 // are due may be placed: they come behind all that was submitted before.
@@ -122,6 +139,57 @@ func (r *replicator) putTags() (bool, error) {
 		}
 	}
 	return true, nil
+}
+
+// putHeld places the tag that waits for it behind everything that was submitted
+// before the file systems stood still, if they do so still: then the stream holds nothing
+// that was written later. If that can't be had, who waits is told, and the tag is forgotten.
+func (r *replicator) putHeld() error {
+	h := r.tags.held
+	if h == nil {
+		return nil
+	}
+	placed, why, err := r.tryHeld(h)
+	if err != nil || placed || why != nil {
+		r.tags.held = nil
+		h.done <- errors.Join(why, err)
+	}
+	return err
+}
+
+// tryHeld returns why a tag can't be placed at all, and an error that ends the stream.
+func (r *replicator) tryHeld(h *heldTag) (placed bool, why, err error) {
+	if h.ctx.Err() != nil {
+		return false, h.ctx.Err(), nil
+	}
+	if r.phase != Exact {
+		return false, errNotExact, nil
+	}
+	caught, err := r.caughtUp(h.mark)
+	switch {
+	case err != nil:
+		return false, nil, err
+	case r.phase != Exact:
+		return false, errNotExact, nil
+	case !caught:
+		return false, nil, nil
+	}
+	// All that the frames hold was taken over before this question.
+	if why := h.held(); why != nil {
+		return false, why, nil
+	}
+	if err := r.cutFrame(); err != nil {
+		return false, nil, err
+	}
+	b, err := r.enc.Tag(h.tag, h.when.UnixNano(), false)
+	if err != nil {
+		return false, nil, fmt.Errorf("make tag %q: %w", h.tag.Name, err)
+	}
+	if !r.put(b, lagRecord{born: h.when, end: h.when, quiet: true}) {
+		return false, errNotExact, nil // the stream has begun anew just now
+	}
+	r.tags.place(wish{Tag: h.tag}, r.enc.Cursor().Position)
+	return true, nil, nil
 }
 
 // checkTagName refuses names that no frame can carry.

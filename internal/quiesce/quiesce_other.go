@@ -21,3 +21,8 @@ func RunWatchdog() error {
 }
 
 func ownSession() *syscall.SysProcAttr { return nil }
+
+// LockProgram is only possible on Linux: the error wraps dr.ErrUnsupported.
+func LockProgram() (int64, error) {
+	return 0, fmt.Errorf("lock program: %w", dr.ErrUnsupported)
+}
