@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"unsafe"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/btf"
@@ -27,13 +28,19 @@ type watch struct {
 
 // flight mirrors struct flight.
 type flight struct {
-	From, To, Left, Time uint64
-	State, Dev           uint32
+	Bio, From, To, Left, Time uint64
+	State, Dev                uint32
+	_                         [2]uint64
 }
+
+const (
+	maxFlying  = 1 << 15
+	flightBusy = 1 // as Bio: it is being filled
+)
 
 // counters mirrors struct counters.
 type counters struct {
-	Writes, Bytes, Flushes, Marked, Seen, SeenBytes uint64
+	Writes, Bytes, Flushes, Marked, Seen, SeenBytes, ForeignBytes uint64
 }
 
 // Offsets in struct control.
@@ -45,7 +52,8 @@ const (
 	controlFailed      = 24
 	controlLost        = 32
 	controlLate        = 40
-	controlSize        = 48
+	controlStrangers   = 48
+	controlSize        = 56
 )
 
 // loaded is what is in the kernel for one Source, and its mapped memory.
@@ -54,6 +62,7 @@ type loaded struct {
 	links   []link.Link
 	control []byte
 	bitmap  []byte
+	flying  []byte
 	rings   [][]byte
 	ring    ring
 	notes   *notes
@@ -196,6 +205,9 @@ func (l *loaded) mapMemory(words int, ringBytes int64) (err error) {
 	if l.bitmap, err = unix.Mmap(l.objs.Bitmap.FD(), 0, size, rw, unix.MAP_SHARED); err != nil {
 		return fmt.Errorf("bitmap: %w", err)
 	}
+	if l.flying, err = unix.Mmap(l.objs.Flying.FD(), 0, maxFlying*int(unsafe.Sizeof(flight{})), rw, unix.MAP_SHARED); err != nil {
+		return fmt.Errorf("writes in flight: %w", err)
+	}
 	consumer, err := unix.Mmap(l.objs.Ring.FD(), 0, pageSize, rw, unix.MAP_SHARED)
 	if err != nil {
 		return fmt.Errorf("ring: %w", err)
@@ -213,9 +225,14 @@ func (l *loaded) mapMemory(words int, ringBytes int64) (err error) {
 }
 
 // attach lets the programs run. Completions come first, so that no noted write
-// completes unseen.
-func (l *loaded) attach() error {
+// completes unseen; between is called when only those run.
+func (l *loaded) attach(between func() error) error {
 	for _, p := range []*ebpf.Program{l.objs.OnBioComplete, l.objs.OnRequestComplete, l.objs.OnQueue} {
+		if p == l.objs.OnQueue {
+			if err := between(); err != nil {
+				return err
+			}
+		}
 		tp, err := link.AttachTracing(link.TracingOptions{Program: p})
 		if err != nil {
 			return explain("attach", err)
@@ -235,7 +252,7 @@ func (l *loaded) close() error {
 	if l.notesMap != nil {
 		errs = append(errs, l.notesMap.Close())
 	}
-	for _, mem := range append(l.rings, l.control, l.bitmap, l.notesMem) {
+	for _, mem := range append(l.rings, l.control, l.bitmap, l.flying, l.notesMem) {
 		if mem != nil {
 			errs = append(errs, unix.Munmap(mem))
 		}

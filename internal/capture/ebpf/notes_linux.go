@@ -47,9 +47,10 @@ type notes struct {
 	Meta       [maxMeta]byte // JSON of meta
 }
 
-// baseline is where the kernel's counters of a disk stood at the start.
+// baseline is where the counters of a disk stood at the start: what the kernel counted, and
+// the completions that were not known to the programs.
 type baseline struct {
-	Bytes, Writes uint64
+	Bytes, Writes, Foreign uint64
 }
 
 const (

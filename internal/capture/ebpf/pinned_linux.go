@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"sync/atomic"
+	"unsafe"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
@@ -102,7 +103,7 @@ func (l *loaded) check() (meta, error) {
 	}
 	_, words := capture.BitmapLayout(m.disks(), m.Block)
 	if int(l.objs.Bitmap.MaxEntries()) < words || int64(l.objs.Ring.MaxEntries()) != m.Ring ||
-		l.objs.Control.ValueSize() < controlSize || int(l.objs.Counts.MaxEntries()) != MaxDisks {
+		l.objs.Control.ValueSize() < controlSize || l.objs.Flying.MaxEntries() != maxFlying || l.objs.Flying.ValueSize() != uint32(unsafe.Sizeof(flight{})) || int(l.objs.Counts.MaxEntries()) != MaxDisks {
 		return m, fmt.Errorf("pinned maps have other sizes: %w", dr.ErrCorrupt)
 	}
 	if err := l.mapMemory(words, m.Ring); err != nil {
@@ -198,7 +199,7 @@ func (s *source) inherit(old *loaded, m meta) ([]dr.DiskID, error) {
 	if err := keep.bitmap(old, m.Block); err != nil {
 		return nil, err
 	}
-	return ids, flights(old.objs.Flying, func(_ uint64, f flight) error { return s.markFlight(f) })
+	return ids, flights(old.flying, func(_ int, f flight) error { return s.markFlight(f) })
 }
 
 // heirs takes over what is due in an old capture.

@@ -4,12 +4,11 @@ package ebpf
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"sync/atomic"
 	"time"
+	"unsafe"
 
-	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
 
 	"farside/internal/dr"
@@ -148,7 +147,7 @@ func (s *source) staleWrites(state uint32) (bool, error) {
 			atomic.CompareAndSwapUint64(untracked, at, 0)
 		}
 	}
-	err = flights(s.prog.objs.Flying, func(bio uint64, f flight) error {
+	err = flights(s.prog.flying, func(at int, f flight) error {
 		if f.State == state {
 			return nil
 		}
@@ -161,7 +160,7 @@ func (s *source) staleWrites(state uint32) (bool, error) {
 			return err
 		}
 		if quiet[f.Dev] {
-			return s.forget(bio)
+			s.forget(at, f)
 		}
 		return nil // its completion, if it comes, is too late: the programs watch for it
 	})
@@ -191,33 +190,34 @@ func (s *source) quietDisks() (map[uint32]bool, error) {
 	return quiet, nil
 }
 
-// flights calls fn for each write in flight; those that begin or end meanwhile may be
-// left out.
-func flights(m *ebpf.Map, fn func(bio uint64, f flight) error) error {
-	const batch = 1024
-	keys, values := make([]uint64, batch), make([]flight, batch)
-	var cursor ebpf.MapBatchCursor
-	for {
-		n, err := m.BatchLookup(&cursor, keys, values, nil)
-		if err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
-			return fmt.Errorf("list writes in flight: %w", err)
+// flights calls fn for each write in flight that mem, the programs' table, has; those
+// that begin or end meanwhile may be left out.
+func flights(mem []byte, fn func(at int, f flight) error) error {
+	table := unsafe.Slice((*flight)(unsafe.Pointer(unsafe.SliceData(mem))), uintptr(len(mem))/unsafe.Sizeof(flight{}))
+	for i := range table {
+		bio := atomic.LoadUint64(&table[i].Bio)
+		if bio <= flightBusy {
+			continue
 		}
-		for i := range n {
-			if err := fn(keys[i], values[i]); err != nil {
-				return err
-			}
+		f := flight{
+			Bio: bio, From: atomic.LoadUint64(&table[i].From), To: atomic.LoadUint64(&table[i].To),
+			Left: atomic.LoadUint64(&table[i].Left), Time: atomic.LoadUint64(&table[i].Time),
+			State: atomic.LoadUint32(&table[i].State), Dev: atomic.LoadUint32(&table[i].Dev),
 		}
-		if err != nil {
-			return nil
+		if atomic.LoadUint64(&table[i].Bio) != bio {
+			continue // it ended, and another one may have begun
 		}
-	}
-}
-
-func (s *source) forget(bio uint64) error {
-	if err := s.prog.objs.Flying.Delete(bio); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
-		return fmt.Errorf("forget a write: %w", err)
+		if err := fn(i, f); err != nil {
+			return err
+		}
 	}
 	return nil
+}
+
+// forget drops the note of f, which is at a place of the table.
+func (s *source) forget(at int, f flight) {
+	place := word64(s.prog.flying[at*int(unsafe.Sizeof(f)):])
+	atomic.CompareAndSwapUint64(place, f.Bio, 0) // if it fails, it has ended
 }
 
 // markFlight puts what f wrote into the dirty set.
@@ -244,11 +244,12 @@ func (s *source) sweep() {
 	s.swept = now
 	state := atomic.LoadUint32(s.state)
 	// An error only means that it is tried again.
-	_ = flights(s.prog.objs.Flying, func(bio uint64, f flight) error {
+	_ = flights(s.prog.flying, func(at int, f flight) error {
 		if f.State != state || state%2 == 1 || now-min(f.Time, now) < uint64(leakAge) {
 			return nil
 		}
-		return s.forget(bio)
+		s.forget(at, f)
+		return nil
 	})
 }
 

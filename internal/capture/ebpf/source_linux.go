@@ -161,17 +161,12 @@ func (s *source) start(pin func(*source) error) (err error) {
 	if s.opts.BitmapOnly {
 		atomic.StoreUint32(s.state, 1)
 	}
-	if err := s.prog.attach(); err != nil {
+	atomic.StoreUint64(word64(s.prog.control[controlStrangers:]), monotonic()+uint64(openAge))
+	if err := s.prog.attach(s.takeBaselines); err != nil {
 		return err
 	}
 	s.opened = monotonic()
 	s.notes().Opened = s.opened
-	for i, d := range s.devs {
-		base := &s.notes().Base[i]
-		if base.Bytes, base.Writes, err = d.written(); err != nil {
-			return err
-		}
-	}
 	if pin != nil {
 		if err := pin(s); err != nil {
 			return err

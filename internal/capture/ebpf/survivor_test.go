@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
+	"time"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
@@ -223,6 +224,92 @@ func TestPinRefuses(t *testing.T) {
 			if err == nil {
 				src.Close()
 			}
+		}
+	}
+}
+
+// TestDetached: hooks that vanish and a disk that is another one are noticed, and
+// remembered by the next process.
+func TestDetached(t *testing.T) {
+	for name, harm := range map[string]func(t *testing.T, s *source, loop string){
+		"a hook is gone": func(t *testing.T, s *source, loop string) {
+			os.Remove(s.pins.dir.in(pinLive, pinLinks[2]))
+			if err := s.prog.links[2].Close(); err != nil {
+				t.Fatal(err)
+			}
+			for range 3 {
+				if _, err := openBlock(t, loop).WriteAt(make([]byte, 2<<20), 0); err != nil {
+					t.Fatal(err)
+				}
+			}
+		},
+		"another disk": func(t *testing.T, s *source, loop string) { // as after a change of medium
+			s.devs[0].seq--
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			pins, loop := newPins(t), newLoop(t, 8<<20)
+			s, err := openSurvivor([]capture.Disk{{ID: 1, Path: loop}}, Options{RingBytes: 1 << 20, Pin: pins})
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer func() { s.Forget(); s.Close() }()
+			settled := capturetest.NewReplicator(s)
+			closeExact(t, settled)
+			if _, err := openBlock(t, loop).WriteAt(make([]byte, 4<<20), 0); err != nil { // more than the ring holds
+				t.Fatal(err)
+			}
+			if st := s.Stats(); st.Detached || st.Disks[0].KernelBytes != 4<<20 || st.Disks[0].KernelBytes != st.Disks[0].SeenBytes {
+				t.Fatalf("before: %+v", st)
+			}
+			harm(t, s.(survivor).source, loop)
+			if st := s.Stats(); !st.Detached {
+				t.Fatalf("after: %+v", st)
+			}
+			if err := s.Close(); err != nil {
+				t.Fatal(err)
+			}
+			if s, err = openSurvivor([]capture.Disk{{ID: 1, Path: loop}}, Options{RingBytes: 1 << 20, Pin: pins}); err != nil {
+				t.Fatal(err)
+			}
+			if s.Adopted() || len(s.Inherited()) > 0 || s.Stats().Detached {
+				t.Errorf("adopted %v, inherited %v", s.Adopted(), s.Inherited())
+			}
+		})
+	}
+}
+
+// TestAccountingUnderLoad opens while writes are in flight, many times, and compares with the
+// kernel's counters when nothing is.
+func TestAccountingUnderLoad(t *testing.T) {
+	pins, loop := newPins(t), newLoop(t, 64<<20)
+	o := Options{RingBytes: 1 << 20, Pin: pins}
+	for round := range 5 {
+		stop := writers(t, openBlock(t, loop), 64<<20, 4, 0)
+		time.Sleep(10 * time.Millisecond)
+		s, err := openSurvivor([]capture.Disk{{ID: 1, Path: loop}}, o)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for range 3 { // through processes
+			time.Sleep(10 * time.Millisecond)
+			if err := s.Close(); err != nil {
+				t.Fatal(err)
+			}
+			if s, err = openSurvivor([]capture.Disk{{ID: 1, Path: loop}}, o); err != nil || !s.Adopted() {
+				t.Fatal(err)
+			}
+		}
+		stop()
+		st := s.Stats()
+		if d := st.Disks[0]; d.SeenBytes == 0 || d.KernelBytes > d.SeenBytes+256<<10 || d.SeenBytes > d.KernelBytes+256<<10 || st.Detached {
+			t.Errorf("round %d: seen %d, kernel %d", round, d.SeenBytes, d.KernelBytes)
+		} else {
+			t.Logf("seen - kernel: %d of %d", int64(d.SeenBytes)-int64(d.KernelBytes), d.SeenBytes)
+		}
+		s.Forget()
+		if err := s.Close(); err != nil {
+			t.Fatal(err)
 		}
 	}
 }

@@ -14,11 +14,15 @@
 #include "kernel.h"
 
 #define MAX_DISKS 32
-#define MAX_FLYING 32768
+#define FLYING_BITS 15
+#define MAX_FLYING (1 << FLYING_BITS)
+#define PROBES 4
+#define NEVER (~0u) // as control.settled
 #define MAX_PIECES (1 << 17) // of a bio
 #define MAX_MERGED (1 << 16) // bios of a request
 
 #define READ_ONCE(x) (*(volatile typeof(x) *)&(x))
+#define WRITE_ONCE(x, v) (*(volatile typeof(x) *)&(x) = (v))
 #define barrier_var(x) asm volatile("" : "+r"(x))
 
 char licence[] SEC("license") = "Dual BSD/GPL";
@@ -47,6 +51,7 @@ struct control {
 	u64 failed;       // writes that the device refused
 	u64 lost;         // completions that never came, seen by the reuse of a bio
 	u64 late;         // stale completions after user space had given up on them
+	u64 strangers;    // until then unknown completions may be of older writes, ns since boot
 };
 
 struct {
@@ -72,17 +77,25 @@ struct {
 
 // A write between submission and completion.
 struct flight {
+	u64 bio;      // its address; 0: the place is free, BUSY: it is being filled
 	u64 from, to; // sectors of the whole disk
 	u64 left;     // bytes that have not completed
 	u64 time;     // of submission, ns since boot
 	u32 state;    // of control then; odd: not captured
 	u32 dev;
+	u64 pad[2]; // to a line of the processor's cache
 };
 
+#define BUSY 1
+
+// A table of the writes in flight. It is probed at PROBES places from the bio's hash
+// on; a write for which all are taken is not noted. A table of the kernel's own
+// would cost several times as much, and each write comes here twice.
 struct {
-	map_uint(type, MAP_TYPE_HASH);
+	map_uint(type, MAP_TYPE_ARRAY);
+	map_uint(map_flags, F_MMAPABLE);
 	map_uint(max_entries, MAX_FLYING);
-	map_type(key, u64); // address of the bio
+	map_type(key, u32);
 	map_type(value, struct flight);
 } flying SEC(".maps");
 
@@ -90,6 +103,7 @@ struct counters {
 	u64 writes, bytes, flushes; // captured
 	u64 marked;
 	u64 seen, seen_bytes; // submissions of data or zeroes
+	u64 foreign_bytes;    // completions of what was submitted before the capture
 };
 
 struct {
@@ -140,37 +154,36 @@ static long mark_word(u32 i, struct mark_words *m)
 	return 0;
 }
 
-struct mark_range {
-	u64 from, to;
-	u32 dev;
-};
-
-static long mark_watch(u32 i, struct mark_range *r)
+// mark puts a range of sectors of a whole disk into the bitmap, as far as it is
+// watched. If early is true the write is yet to be issued: a bit that is set need
+// not be set again, since its completion will.
+__attribute__((noinline)) int mark(u32 dev, u64 from, u64 to, u32 early)
 {
-	if (i >= MAX_DISKS)
-		return 1;
-	const volatile struct watch *w = &watches[i];
-	u64 from = r->from, to = r->to;
-	if (w->dev != r->dev || from >= w->end || to <= w->start || from >= to)
-		return 0;
-	if (from < w->start)
-		from = w->start;
-	if (to > w->end)
-		to = w->end;
-	struct mark_words m = {
-		.lo = (from - w->start) >> block_shift,
-		.hi = (to - 1 - w->start) >> block_shift,
-		.first = w->word,
-	};
-	bpf_loop(m.hi / 64 - m.lo / 64 + 1, mark_word, &m, 0);
-	return 0;
-}
-
-// mark puts a range of sectors of a whole disk into the bitmap, as far as it is watched.
-static __attribute__((noinline)) int mark(u32 dev, u64 from, u64 to)
-{
-	struct mark_range r = {.from = from, .to = to, .dev = dev};
-	bpf_loop(watch_count, mark_watch, &r, 0);
+	for (u32 i = 0; i < MAX_DISKS && i < watch_count; i++) {
+		u64 lo = from, hi = to;
+		if (watches[i].dev != dev)
+			continue;
+		if (lo < watches[i].start)
+			lo = watches[i].start;
+		if (hi > watches[i].end)
+			hi = watches[i].end;
+		if (lo >= hi)
+			continue;
+		struct mark_words m = {
+			.lo = (lo - watches[i].start) >> block_shift,
+			.hi = (hi - 1 - watches[i].start) >> block_shift,
+			.first = watches[i].word,
+		};
+		if (m.lo / 64 != m.hi / 64) {
+			bpf_loop(m.hi / 64 - m.lo / 64 + 1, mark_word, &m, 0);
+			continue;
+		}
+		u32 key = m.first + m.lo / 64;
+		u64 mask = (~0ULL << (m.lo % 64)) & (~0ULL >> (63 - m.hi % 64));
+		u64 *word = bpf_map_lookup_elem(&bitmap, &key);
+		if (word && !(early && (READ_ONCE(*word) & mask) == mask))
+			__sync_fetch_and_or(word, mask);
+	}
 	return 0;
 }
 
@@ -191,6 +204,7 @@ static int stale(struct control *c, struct flight *f)
 // ---- submission: copying
 
 struct walk {
+	u64 bio;    // its address as a number: the verifier forbids to reckon with pointers
 	u64 vec;    // address of the bio's vector
 	u64 offset; // bytes from the start of the range
 	u64 time;
@@ -341,21 +355,63 @@ static struct control *get_control(void)
 	return bpf_map_lookup_elem(&control, &zero);
 }
 
+static u32 probe(u64 bio, u32 i)
+{
+	return ((u32)((bio * 0x9e3779b97f4a7c15ULL) >> (64 - FLYING_BITS)) + i) & (MAX_FLYING - 1);
+}
+
+// find_flight returns what is noted of a bio.
+static struct flight *find_flight(u64 bio)
+{
+	if (bio <= BUSY)
+		return 0;
+	for (u32 i = 0; i < PROBES; i++) {
+		u32 key = probe(bio, i);
+		struct flight *f = bpf_map_lookup_elem(&flying, &key);
+		if (f && READ_ONCE(f->bio) == bio)
+			return f;
+	}
+	return 0;
+}
+
+// fill_in writes a note into a place that is this program's. User space reads it only when
+// it is whole.
+static void fill_in(struct flight *at, struct flight *f)
+{
+	at->from = f->from;
+	at->to = f->to;
+	at->left = f->left;
+	at->time = f->time;
+	at->state = f->state;
+	at->dev = f->dev;
+	asm volatile("" ::: "memory");
+	WRITE_ONCE(at->bio, f->bio);
+}
+
 // take_off notes a write that is on its way. If the bio is known already, its
 // last write has completed unseen.
-static void take_off(struct control *c, u64 bio, struct flight *f)
+static void take_off(struct control *c, struct flight *f)
 {
-	struct flight *old = bpf_map_lookup_elem(&flying, &bio);
-	if (old) {
-		if (stale(c, old)) {
-			mark(old->dev, old->from, old->to);
+	struct flight *at = find_flight(f->bio);
+	if (at) {
+		if (stale(c, at)) {
+			mark(at->dev, at->from, at->to, 0);
 			__sync_fetch_and_add(&c->lost, 1);
 		}
-		*old = *f;
+		WRITE_ONCE(at->bio, BUSY);
+		asm volatile("" ::: "memory");
+		fill_in(at, f);
 		return;
 	}
-	if (bpf_map_update_elem(&flying, &bio, f, 0))
-		c->untracked_at = f->time;
+	for (u32 i = 0; i < PROBES; i++) {
+		u32 key = probe(f->bio, i);
+		at = bpf_map_lookup_elem(&flying, &key);
+		if (at && READ_ONCE(at->bio) == 0 && __sync_val_compare_and_swap(&at->bio, 0, BUSY) == 0) {
+			fill_in(at, f);
+			return;
+		}
+	}
+	c->untracked_at = f->time;
 }
 
 // flush_all records a flush of every watched range of a disk.
@@ -402,7 +458,7 @@ static void count(u32 i, u32 op, u32 size, int captured)
 	struct counters *n = bpf_map_lookup_elem(&counts, &i);
 	if (!n)
 		return;
-	if (op == OP_WRITE || op == OP_WRITE_ZEROES) { // what the kernel counts as written
+	if (op != OP_DISCARD) { // what the kernel counts as written
 		n->seen++;
 		n->seen_bytes += size;
 	}
@@ -427,11 +483,14 @@ static int find(u32 dev, u64 from, u64 to)
 static int submit(struct bio *bio, u32 op, u32 dev, u32 i)
 {
 	struct control *c = get_control();
-	if (!c || i >= MAX_DISKS)
+	struct walk *w = get_walk();
+	if (!c || !w || i >= MAX_DISKS)
 		return 0;
-	u64 from = bio->bi_iter.bi_sector, key = (u64)bio;
+	w->bio = (u64)bio;
+	u64 from = bio->bi_iter.bi_sector;
 	u32 size = bio->bi_iter.bi_size;
 	struct flight f = {
+		.bio = READ_ONCE(w->bio),
 		.from = from,
 		.to = from + (size >> 9),
 		.left = size,
@@ -447,9 +506,9 @@ static int submit(struct bio *bio, u32 op, u32 dev, u32 i)
 		}
 	}
 	if (f.state & 1)
-		mark(dev, f.from, f.to);
+		mark(dev, f.from, f.to, 1);
 	count(i, op, size, !(f.state & 1));
-	take_off(c, key, &f);
+	take_off(c, &f);
 	return 0;
 }
 
@@ -489,7 +548,7 @@ static int grave(int error)
 // touch_down handles n completed bytes of a write that is known under key.
 static int touch_down(struct control *c, u64 key, u64 from, u64 n, int error)
 {
-	struct flight *f = bpf_map_lookup_elem(&flying, &key);
+	struct flight *f = find_flight(key);
 	if (!f || from < f->from || from + (n >> 9) > f->to)
 		return 0;
 	u32 state = READ_ONCE(c->state);
@@ -503,17 +562,33 @@ static int touch_down(struct control *c, u64 key, u64 from, u64 n, int error)
 		overflow(c, state);
 	}
 	if (old || error) // after the overflow: who takes the mark can see that a Lost is due
-		mark(f->dev, from, from + (n >> 9));
+		mark(f->dev, from, from + (n >> 9), 0);
 	if (__sync_fetch_and_add(&f->left, -n) <= n)
-		bpf_map_delete_elem(&flying, &key);
+		WRITE_ONCE(f->bio, 0);
 	return 1;
+}
+
+// stranger handles the completion of a write that is not known: it was submitted before
+// the capture began, or there was no room to note it.
+static void stranger(struct control *c, u32 op, u32 dev, u64 from, u64 n)
+{
+	if (READ_ONCE(c->state) == READ_ONCE(c->settled))
+		return;
+	u32 i = find(dev, from, from + (n >> 9));
+	if (i >= MAX_DISKS) // also if there is none
+		return;
+	mark(dev, from, from + (n >> 9), 0);
+	struct counters *k = bpf_map_lookup_elem(&counts, &i);
+	if (k && op != OP_DISCARD && READ_ONCE(c->settled) == NEVER && bpf_ktime_get_ns() < READ_ONCE(c->strangers))
+		k->foreign_bytes += n;
 }
 
 // The completion that is handled on this processor; in a map for the reasons of walk.
 struct landing {
-	u64 bio;
+	u64 bio;  // as a number, like walk.bio
 	u64 left; // bytes
 	int error;
+	u32 op;
 };
 
 struct {
@@ -545,8 +620,7 @@ static long land_bio(u32 i, void *unused)
 	u64 n = size < l->left ? size : l->left;
 	if (n && !touch_down(c, (u64)bio, from, n, l->error)) {
 		core_read(&parent, bio->bi_private);
-		if (!touch_down(c, parent, from, n, l->error) && READ_ONCE(c->state) != READ_ONCE(c->settled)) {
-			// Submitted before the capture began, or there was no room to note it.
+		if (!touch_down(c, parent, from, n, l->error)) {
 			struct block_device *bdev = 0;
 			struct gendisk *disk = 0;
 			u32 dev = 0;
@@ -554,7 +628,7 @@ static long land_bio(u32 i, void *unused)
 			core_read(&disk, bdev->bd_disk);
 			core_read(&bdev, disk->part0);
 			core_read(&dev, bdev->bd_dev);
-			mark(dev, from, from + (n >> 9));
+			stranger(c, l->op, dev, from, n);
 		}
 	}
 	l->left -= n;
@@ -568,12 +642,30 @@ int on_request_complete(u64 *ctx)
 	struct request *rq = (struct request *)ctx[0];
 	if (!(rq->cmd_flags & 1))
 		return 0;
+	struct bio *bio = rq->bio;
+	u64 n = (u32)ctx[2];
 	struct landing *l = get_landing();
-	if (!l || core_read(&l->bio, rq->bio))
+	struct control *c = get_control();
+	if (!l || !c || !bio || n == 0)
 		return 0;
-	l->left = (u32)ctx[2];
-	l->error = (int)ctx[1];
-	bpf_loop(MAX_MERGED, land_bio, 0, 0);
+	u32 dev = bio->bi_bdev->bd_disk->part0->bd_dev;
+	if (find(dev, 0, ~0ULL) < 0) // another disk
+		return 0;
+	l->bio = (u64)bio;
+	if (bio->bi_iter.bi_size < n) { // several, or pieces of several
+		l->left = n;
+		l->error = (int)ctx[1];
+		l->op = rq->cmd_flags & OP_MASK;
+		bpf_loop(MAX_MERGED, land_bio, 0, 0);
+		return 0;
+	}
+	u64 from = bio->bi_iter.bi_sector, key = READ_ONCE(l->bio);
+	if (touch_down(c, key, from, n, (int)ctx[1]))
+		return 0;
+	l->bio = (u64)bio->bi_private;
+	key = READ_ONCE(l->bio);
+	if (!touch_down(c, key, from, n, (int)ctx[1]))
+		stranger(c, rq->cmd_flags & OP_MASK, dev, from, n);
 	return 0;
 }
 
@@ -583,8 +675,9 @@ SEC("tp_btf/block_bio_complete")
 int on_bio_complete(u64 *ctx)
 {
 	struct bio *bio = (struct bio *)ctx[1];
-	u64 key = (u64)bio;
-	struct flight *f = bpf_map_lookup_elem(&flying, &key);
+	u64 key = 0;
+	bpf_probe_read_kernel(&key, sizeof(key), &ctx[1]); // as a number
+	struct flight *f = find_flight(key);
 	struct control *c = get_control();
 	if (!f || !c || !(bio->bi_opf & 1))
 		return 0;
