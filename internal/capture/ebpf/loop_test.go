@@ -57,7 +57,17 @@ func newLoop(t testing.TB, size int64, args ...string) string {
 // attachLoop makes a loop device over a file; t removes it.
 func attachLoop(t testing.TB, name string, args ...string) string {
 	t.Helper()
-	loop := run(t, "losetup", append(args, "--find", "--show", name)...)
+	var loop string
+	for tries := 0; ; tries++ { // somebody else may take the same free device
+		out, err := exec.Command("losetup", append(args, "--find", "--show", name)...).CombinedOutput()
+		if loop = strings.TrimSpace(string(out)); err == nil {
+			break
+		}
+		if tries == 10 {
+			t.Fatalf("losetup %s: %v: %s", name, err, loop)
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
 	t.Cleanup(func() {
 		if out, err := exec.Command("losetup", "--detach", loop).CombinedOutput(); err != nil {
 			t.Errorf("detach %s: %v: %s", loop, err, out)
