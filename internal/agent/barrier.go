@@ -11,6 +11,7 @@ import (
 
 	pb "farside/internal/api/farside/v1"
 	"farside/internal/dr"
+	"farside/internal/quiesce"
 )
 
 // standstill is a machine whose file systems are about to be frozen, or are.
@@ -20,7 +21,7 @@ type standstill interface {
 	// Held tells whether they were frozen all the time since Hold.
 	Held() error
 	// Release thaws them and lets the applications go on. It is called once.
-	Release() (detail string, err error)
+	Release()
 	// Reached is the consistency that a tag may claim while Held returns nil.
 	Reached() dr.Consistency
 }
@@ -225,7 +226,7 @@ func (b *barriers) keep(ctx context.Context, r *round) {
 		call.answer <- roundAnswer{err: causeOf(short, err)}
 		return
 	}
-	defer still.Release() //nolint:errcheck // what went wrong is in the session's events; a tag stands by Held alone
+	defer still.Release()
 	call.answer <- roundAnswer{BarrierAnswer: &pb.BarrierAnswer{}}
 	if call, err = r.next(ctx, pb.BarrierPhase_BARRIER_PHASE_HOLD, limit); err != nil {
 		return
@@ -301,4 +302,53 @@ func causeOf(ctx context.Context, err error) error {
 		return cause
 	}
 	return err
+}
+
+// groupStill is a session of the machine for a barrier.
+type groupStill struct {
+	still
+	end     func()
+	made    func(quiesce.Report, error)
+	reached dr.Consistency
+}
+
+// Reached implements standstill.
+func (g *groupStill) Reached() dr.Consistency { return g.reached }
+
+// Release implements standstill.
+func (g *groupStill) Release() {
+	r, err := g.still.Release()
+	g.end()
+	g.made(r, err)
+}
+
+// prepareGroup makes the machine ready for a barrier: it fails rather than promise
+// less than what was asked for, so that the group has a point as a whole or none.
+func (m *pointMaker) prepareGroup(ctx context.Context, c *pb.BarrierCall) (standstill, error) {
+	if err := m.calm(); err != nil {
+		return nil, err
+	}
+	g := &groupStill{reached: dr.FileSystem}
+	o := quiesce.Options{Point: quiesce.Point{Machine: m.machine.String(), ID: c.GetId(), Name: c.GetName()}}
+	for _, d := range m.src.Disks() {
+		o.Disks = append(o.Disks, d.Path)
+	}
+	if c.GetConsistency() == pb.Consistency_CONSISTENCY_APPLICATION {
+		g.reached, o.Hooks = dr.Application, m.hooks
+	}
+	var err error
+	if g.still, g.end, err = m.begin(ctx, o); err != nil {
+		return nil, err
+	}
+	g.made = func(r quiesce.Report, err error) {
+		m.log.Info("took part in a barrier", "group point", c.GetName(), "frozen", r.Frozen, "for", r.Duration, "hooks", r.Log, "error", err)
+		if err := remarks(r, err); err != nil {
+			m.notices.add(notice{"group-point-remark", true, fmt.Sprintf("group point %q: %v", c.GetName(), err), time.Now()})
+		}
+	}
+	if err := m.waitCalm(ctx, calmLimit); err != nil {
+		g.Release()
+		return nil, err
+	}
+	return g, nil
 }

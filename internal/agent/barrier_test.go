@@ -41,10 +41,9 @@ func (s *stillFake) Held() error {
 	return nil
 }
 
-func (s *stillFake) Release() (string, error) {
+func (s *stillFake) Release() {
 	s.held = false
 	s.released++
-	return "", nil
 }
 
 func (s *stillFake) Reached() dr.Consistency { return dr.FileSystem }

@@ -41,6 +41,7 @@ type stream struct {
 	notices  *chronicle // outlives the stream
 	news     func()     // called when something happened that people wait for
 	points   *pointMaker
+	barriers barriers
 
 	mu struct {
 		sync.Mutex
@@ -85,6 +86,7 @@ func newStream(src capture.Source, c streamConfig) *stream {
 	s.rep.stats.consumed = c.used
 	s.mu.serverNew, s.mu.tagsChanged = make(chan struct{}), make(chan struct{})
 	s.points = &pointMaker{stream: s, stillness: cmp.Or(c.still, newStillness(never, nil)), schedule: cmp.Or(c.schedule, &schedule{})}
+	s.barriers.prepare, s.barriers.place = s.points.prepareGroup, s.place
 	s.mu.status = s.rep.status()
 	return s
 }
@@ -95,7 +97,7 @@ func (s *stream) run(ctx context.Context) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	var wg sync.WaitGroup
-	for _, part := range []func(context.Context) error{s.replicate, s.keepLink, s.points.run} {
+	for _, part := range []func(context.Context) error{s.replicate, s.keepLink, s.points.run, s.barriers.run} {
 		wg.Go(func() { cancel(part(ctx)) })
 	}
 	wg.Wait()
@@ -332,7 +334,10 @@ func (s *stream) setFar(c *link.Caller) {
 }
 
 // called answers the process server.
-func (s *stream) called(_ context.Context, kind link.CallKind, _ []byte) ([]byte, error) {
+func (s *stream) called(ctx context.Context, kind link.CallKind, body []byte) ([]byte, error) {
+	if kind == link.CallBarrier {
+		return s.barriers.handle(ctx, body)
+	}
 	return nil, fmt.Errorf("call of kind %d by the process server: %w", kind, dr.ErrUnsupported)
 }
 

@@ -153,7 +153,7 @@ func TestGroupPointsAreOneInstant(t *testing.T) {
 	})
 	const points = 5
 	for i := range points {
-		time.Sleep(200 * time.Millisecond) // messages go round
+		time.Sleep(300 * time.Millisecond) // messages go round
 		r, err := c.stage.Far.Client.TagGroup(ctx, &farsidev1.TagGroupRequest{Group: "ring", Name: fmt.Sprintf("point %d", i), TimeoutMs: 20_000})
 		if err != nil {
 			t.Fatal(err)

@@ -21,11 +21,13 @@ import (
 	"farside/internal/testenv"
 	"farside/internal/vfs"
 	"farside/test/load"
+	"farside/test/messages"
 )
 
 // TestMain runs the load's process when it is one.
 func TestMain(m *testing.M) {
 	load.Main()
+	messages.Main()
 	os.Exit(m.Run())
 }
 
