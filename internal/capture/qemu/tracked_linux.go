@@ -26,7 +26,7 @@ func hungUp(c net.Conn) bool {
 		p := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLRDHUP}}
 		for {
 			_, err := unix.Poll(p, 0)
-			if err == unix.EINTR { //nolint:errorlint // a bare errno
+			if err == unix.EINTR {
 				continue
 			}
 			gone = err != nil || p[0].Revents&(unix.POLLRDHUP|unix.POLLHUP|unix.POLLERR|unix.POLLNVAL) != 0
