@@ -23,6 +23,8 @@ qemu-utils|qemu-img|qemu-img and qemu-io judge the NBD server
 qemu-block-extra|/usr/share/doc/qemu-block-extra|lets QEMU speak to NBD over TLS
 sqlite3|sqlite3|judges recovered databases
 postgresql|/usr/lib/postgresql|is started on recovered disks, and judges them
+mariadb-server|mariadbd|is frozen by its hook, and started on recovered disks
+shellcheck|shellcheck|checks the hooks that come with the program
 jq|jq|reads the answers of benchmarks and of the demo
 '
 ci_packages='

@@ -98,6 +98,9 @@ func (h *Hooks) list(phase string) ([]string, error) {
 		}
 		return nil, err
 	}
+	if err := h.checkSettings(); err != nil {
+		return nil, err
+	}
 	entries, err := os.ReadDir(dir)
 	if err != nil {
 		return nil, fmt.Errorf("list hooks: %w: %w", ErrHook, err)
@@ -117,6 +120,23 @@ func (h *Hooks) list(phase string) ([]string, error) {
 		return nil, fmt.Errorf("%s holds %d hooks, at most %d are run: %w", dir, len(out), maxHooks, ErrHook)
 	}
 	return out, nil
+}
+
+// checkSettings refuses a file of settings that anybody but the owner could have written: the
+// ready hooks execute it.
+func (h *Hooks) checkSettings() error {
+	name := filepath.Join(h.Dir, "hooks.conf")
+	info, err := os.Stat(name)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("look at settings of hooks: %w: %w", ErrHook, err)
+	}
+	if owner, known := ownerOf(info); !known || owner != h.Owner || info.Mode().Perm()&0o022 != 0 {
+		return fmt.Errorf("%s is not owned by uid %d, or may be written by others: %w", name, h.Owner, ErrHook)
+	}
+	return nil
 }
 
 // ignored says which names are no hooks: what editors and package managers leave,
@@ -221,6 +241,7 @@ func (r *hookRun) environment(phase, reason string) []string {
 	return []string{
 		"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG=C.UTF-8", "HOME=/root",
 		"FARSIDE_PHASE=" + phase,
+		"FARSIDE_HOOKS=" + r.Dir,
 		"FARSIDE_MACHINE=" + r.point.Machine,
 		"FARSIDE_TAG=" + r.point.ID,
 		"FARSIDE_TAG_NAME=" + strings.ReplaceAll(r.point.Name, "\x00", ""),

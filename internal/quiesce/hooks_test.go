@@ -90,8 +90,8 @@ func TestHooks(t *testing.T) {
 			t.Errorf("environment lacks %q:\n%s", want, rs[0].Output)
 		}
 	}
-	if n := strings.Count(string(rs[0].Output), "FARSIDE_"); n != 10 {
-		t.Errorf("%d variables, want 10:\n%s", n, rs[0].Output)
+	if n := strings.Count(string(rs[0].Output), "FARSIDE_"); n != 11 {
+		t.Errorf("%d variables, want 11:\n%s", n, rs[0].Output)
 	}
 	if got := string(rs[2].Output); got != "first\nsecond\nok \n" {
 		t.Errorf("post-thaw saw %q", got)
@@ -250,9 +250,12 @@ func TestUnsafeHooks(t *testing.T) {
 		"directory":          func(_ *testing.T, h *Hooks) error { return os.Mkdir(h.Dir+"/pre-freeze.d/b", 0o755) },
 		"directory writable": func(_ *testing.T, h *Hooks) error { return os.Chmod(h.Dir+"/pre-freeze.d", 0o777) },
 		"other owner":        func(_ *testing.T, h *Hooks) error { h.Owner++; return nil },
-		"dangling link":      func(_ *testing.T, h *Hooks) error { return os.Symlink("/nowhere", h.Dir+"/pre-freeze.d/b") },
-		"no hooks":           func(_ *testing.T, h *Hooks) error { return os.Remove(h.Dir + "/pre-freeze.d/a") },
-		"no directory":       func(_ *testing.T, h *Hooks) error { return os.RemoveAll(h.Dir + "/pre-freeze.d") },
+		"settings": func(_ *testing.T, h *Hooks) error {
+			return errors.Join(os.WriteFile(h.Dir+"/hooks.conf", nil, 0o600), os.Chmod(h.Dir+"/hooks.conf", 0o666))
+		},
+		"dangling link": func(_ *testing.T, h *Hooks) error { return os.Symlink("/nowhere", h.Dir+"/pre-freeze.d/b") },
+		"no hooks":      func(_ *testing.T, h *Hooks) error { return os.Remove(h.Dir + "/pre-freeze.d/a") },
+		"no directory":  func(_ *testing.T, h *Hooks) error { return os.RemoveAll(h.Dir + "/pre-freeze.d") },
 		"too many": func(t *testing.T, h *Hooks) error {
 			for i := range maxHooks {
 				h.write(t, fmt.Sprintf("pre-freeze/%d", i), "true", 0o755)

@@ -32,6 +32,22 @@ func run(t *testing.T, name string, args ...string) string {
 // loopFS is a mounted file system on a loop device.
 type loopFS struct{ device, mount string }
 
+// attach returns a loop device of a file. Others look for free devices at the same
+// time, so it may take several attempts.
+func attach(t *testing.T, file string) string {
+	t.Helper()
+	for try := 0; ; try++ {
+		out, err := exec.Command("losetup", "--find", "--show", file).CombinedOutput()
+		switch {
+		case err == nil:
+			return strings.TrimSpace(string(out))
+		case try == 20:
+			t.Fatalf("attach %s: %v: %s", file, err, out)
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+}
+
 // newLoopFS makes a file system on a file of dir.
 func newLoopFS(t *testing.T, dir, kind string, size int64) loopFS {
 	t.Helper()
@@ -46,7 +62,7 @@ func newLoopFS(t *testing.T, dir, kind string, size int64) loopFS {
 		t.Fatal(err)
 	}
 	l := loopFS{mount: filepath.Join(t.TempDir(), "m")}
-	l.device = run(t, "losetup", "--find", "--show", file)
+	l.device = attach(t, file)
 	t.Cleanup(func() { run(t, "losetup", "--detach", l.device) })
 	run(t, "mkfs."+kind, "-q", l.device)
 	if err := os.Mkdir(l.mount, 0o755); err != nil {
@@ -204,7 +220,7 @@ func TestNoFileSystem(t *testing.T) {
 	if err := os.WriteFile(file, make([]byte, 1<<20), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	device := run(t, "losetup", "--find", "--show", file)
+	device := attach(t, file)
 	defer run(t, "losetup", "--detach", device)
 	if _, err := Prepare(t.Context(), Options{Disks: []string{device}}); !errors.Is(err, ErrNothing) {
 		t.Errorf("an empty disk: %v", err)
@@ -289,6 +305,32 @@ func (v *victim) hold(t *testing.T) string {
 	return v.line()
 }
 
+// stop stops a process and waits until all of its threads stand.
+func stop(t *testing.T, pid int) {
+	t.Helper()
+	if err := unix.Kill(pid, unix.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	for end := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
+		threads, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/status", pid))
+		if err != nil {
+			t.Fatal(err)
+		}
+		running := 0
+		for _, name := range threads {
+			if text, err := os.ReadFile(name); err == nil && !strings.Contains(string(text), "T (stopped)") {
+				running++
+			}
+		}
+		if running == 0 {
+			return
+		}
+		if time.Now().After(end) {
+			t.Fatalf("process %d does not stop", pid)
+		}
+	}
+}
+
 // gone waits for a process to end; it is not our child.
 func gone(t *testing.T, pid int) {
 	t.Helper()
@@ -332,9 +374,7 @@ func TestAgentHangs(t *testing.T) {
 	if got := v.hold(t); got != "held <nil>" {
 		t.Fatal(got)
 	}
-	if err := v.Process.Signal(unix.SIGSTOP); err != nil {
-		t.Fatal(err)
-	}
+	stop(t, v.Process.Pid)
 	a.wantFrozen(t, true)
 	a.wantThawedWithin(t, 500*time.Millisecond+watchdogMargin+time.Second)
 	if err := v.Process.Signal(unix.SIGCONT); err != nil {
@@ -371,7 +411,7 @@ func TestWatchdogIsKilled(t *testing.T) {
 	a.wantFrozen(t, false)
 	// One that lives and does not answer is as good as none.
 	x := newVictim(t, "60s", a.device)
-	unix.Kill(x.watchdog, unix.SIGSTOP) // the next lines tell
+	stop(t, x.watchdog)
 	if got := x.hold(t); !strings.Contains(got, "did not answer") {
 		t.Error(got)
 	}
@@ -387,7 +427,7 @@ func TestWithoutWatchdog(t *testing.T) {
 	if got := v.hold(t); got != "held <nil>" {
 		t.Fatal(got)
 	}
-	unix.Kill(v.watchdog, unix.SIGSTOP) // the next lines tell
+	stop(t, v.watchdog)
 	if err := v.Process.Kill(); err != nil {
 		t.Fatal(err)
 	}
