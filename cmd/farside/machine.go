@@ -126,7 +126,7 @@ Called again it only changes what is named.`,
 	f.StringVar(&o.processServer, "process-server", "", "node to send to (default the least loaded)")
 	f.StringVar(&o.masterTarget, "master-target", "", "node to keep the history on (default the least loaded)")
 	f.StringVar(&o.codec, "codec", "", "compression of frames: none, zstd, s2 (default chosen by the agent)")
-	f.StringVar(&o.capture, "capture", "", "capture driver: ebpf, tap (default the best that works)")
+	f.StringVar(&o.capture, "capture", "", "capture driver: ebpf, tap, qemu, scan (default the one that fits the disks)")
 	f.DurationVar(&o.points.fileSystem, "filesystem-points", notGiven, "make a file-system point every so often; 0 = no more (default as it is, none at first)")
 	f.DurationVar(&o.points.application, "application-points", notGiven, "make an application point every so often; 0 = no more (default as it is, none at first)")
 	f.DurationVar(&o.points.limit, "freeze-limit", notGiven, "longest time that a file system is frozen for a point (default as it is, 10s at first)")

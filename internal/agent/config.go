@@ -34,8 +34,8 @@ type Config struct {
 
 // CaptureConfig chooses and sets the capture driver.
 type CaptureConfig struct {
-	// Driver is "ebpf", "tap", "qemu", or "auto": the tap for disks behind it, qemu for
-	// those of the guest, ebpf for all others. Default auto.
+	// Driver is "ebpf", "tap", "qemu", "scan", or "auto": the tap for disks behind it, qemu
+	// for those of the guest, ebpf for all others. Default auto.
 	Driver string `yaml:"driver"`
 	// Ring is the size of the buffer between the kernel, or the tap, and the
 	// agent. Default: the driver's.
@@ -43,6 +43,7 @@ type CaptureConfig struct {
 	Tap  TapConfig `yaml:"tap"`
 	// QEMU is the guest whose disks are captured from outside.
 	QEMU QEMUConfig `yaml:"qemu"`
+	Scan ScanConfig `yaml:"scan"`
 }
 
 // PointsConfig says how consistency points are made on this machine. When they are made
@@ -119,7 +120,7 @@ func (c *Config) check() error {
 		return fmt.Errorf("memory: %d bytes, need at least %d: %w", c.Memory, minMemory, dr.ErrInvalid)
 	}
 	switch c.Capture.Driver {
-	case driverAuto, driverEBPF:
+	case driverAuto, driverEBPF, driverScan:
 	case driverTap:
 		if !c.Capture.Tap.set() {
 			return fmt.Errorf("capture.tap: the driver is tap, but it has no socket or no disks: %w", dr.ErrInvalid)
@@ -129,9 +130,9 @@ func (c *Config) check() error {
 			return fmt.Errorf("capture.qemu: the driver is qemu, but it has no monitor: %w", dr.ErrInvalid)
 		}
 	default:
-		return fmt.Errorf("capture.driver: %q is none of auto, ebpf, tap, qemu: %w", c.Capture.Driver, dr.ErrInvalid)
+		return fmt.Errorf("capture.driver: %q is none of auto, ebpf, tap, qemu, scan: %w", c.Capture.Driver, dr.ErrInvalid)
 	}
-	if err := c.Capture.QEMU.check(); err != nil {
+	if err := errors.Join(c.Capture.QEMU.check(), c.Capture.Scan.check()); err != nil {
 		return err
 	}
 	return errors.Join(c.Capture.Tap.check(), c.Points.check())

@@ -110,6 +110,13 @@ func (s *scan) node(dir, name, kind string) found {
 // named returns what is known of a path that the configuration names.
 func (s *scan) named(p string) found {
 	f := found{path: p, kind: "file"}
+	if size, ok, err := statNamed(p); ok {
+		f.size = size
+		if err != nil {
+			f.why = "it can't be read: " + err.Error()
+		}
+		return f
+	}
 	info, err := fs.Stat(s.root, strings.TrimPrefix(path.Clean(p), "/"))
 	switch {
 	case err != nil:

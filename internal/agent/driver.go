@@ -115,6 +115,12 @@ func (d *drivers) open(disks []capture.Disk, driver string, ring int64) (opened,
 			return opened{}, fmt.Errorf("capture a guest of qemu: %w", err)
 		}
 		return checked(opened{src: src, driver: driver}, disks)
+	case driverScan:
+		src, err := d.openScan(disks)
+		if err != nil {
+			return opened{}, fmt.Errorf("capture by scanning: %w", err)
+		}
+		return checked(opened{src: src, driver: driver}, disks)
 	}
 	return opened{}, fmt.Errorf("capture driver %q: %w", driver, dr.ErrUnsupported)
 }
@@ -127,7 +133,7 @@ func (d *drivers) choose(disks []capture.Disk) string {
 	case ofGuest(disks):
 		return driverQEMU
 	}
-	return driverEBPF
+	return byPlatform()
 }
 
 // tapped reports whether all disks are behind the tap.

@@ -5,16 +5,59 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"runtime"
 	"strings"
 	"time"
 
 	"farside/internal/capture"
 	"farside/internal/capture/qemu"
+	scandriver "farside/internal/capture/scan"
 	"farside/internal/dr"
 )
 
-// driverQEMU captures the disks of a running guest from outside.
-const driverQEMU = "qemu"
+// Drivers that need no hook in this machine's kernel.
+const (
+	driverQEMU = "qemu" // captures the disks of a running guest from outside
+	driverScan = "scan" // compares from time to time
+)
+
+// ScanConfig says how the driver scan works.
+type ScanConfig struct {
+	// Every is the time between the beginnings of two scans. Default 15 min.
+	Every time.Duration `yaml:"every"`
+	// Rate bounds what a scan reads per second. Default: no bound.
+	Rate dr.Size `yaml:"rate"`
+	// Tables is a directory for the hashes of disks of more than 64 GiB. It must not be on a
+	// scanned disk. Default: all hashes are in memory.
+	Tables string `yaml:"tables"`
+}
+
+// minScanEvery keeps a typing mistake from reading disks all the time.
+const minScanEvery = time.Second
+
+func (c *ScanConfig) check() error {
+	if c.Every != 0 && c.Every < minScanEvery {
+		return fmt.Errorf("capture.scan.every: %v, need at least %v: %w", c.Every, minScanEvery, dr.ErrInvalid)
+	}
+	if c.Rate < 0 {
+		return fmt.Errorf("capture.scan.rate: below zero: %w", dr.ErrInvalid)
+	}
+	return nil
+}
+
+func (d *drivers) openScan(disks []capture.Disk) (capture.Source, error) {
+	c := d.conf.Scan
+	if c.Tables != "" {
+		if err := os.MkdirAll(c.Tables, 0o700); err != nil {
+			return nil, fmt.Errorf("make directory for scan tables: %w", err)
+		}
+	}
+	src, err := scandriver.Open(disks, scandriver.Options{Every: c.Every, Rate: int64(c.Rate), Dir: c.Tables})
+	if err != nil {
+		return nil, err
+	}
+	return src, nil
+}
 
 // QEMUConfig says which guest is captured from outside.
 type QEMUConfig struct {
@@ -51,6 +94,25 @@ func openGuest(c QEMUConfig) (*qemu.Guest, error) {
 		return nil, fmt.Errorf("make directory for the guest's sockets: %w", err)
 	}
 	return qemu.New(qemu.Options{Monitor: c.Monitor, Dir: c.Directory, Disks: c.Disks}), nil
+}
+
+// byPlatform is the driver for disks that nothing else says anything about. Where no hook can be had the scan
+// is all there is; on Linux it would be a silent step down.
+func byPlatform() string {
+	if runtime.GOOS == "linux" {
+		return driverEBPF
+	}
+	return driverScan
+}
+
+// statNamed returns the size of a file that the configuration names, as of a system whose paths are
+// not those of an fs.FS: Windows. ok is false elsewhere.
+func statNamed(path string) (size int64, ok bool, err error) {
+	if runtime.GOOS != "windows" {
+		return 0, false, nil
+	}
+	size, err = scandriver.Size(path)
+	return size, true, err
 }
 
 // ofGuest reports whether all disks are the guest's.

@@ -1,8 +1,10 @@
 package agent
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
+	"os"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -101,4 +103,64 @@ func TestLinger(t *testing.T) {
 			t.Errorf("waited until %v", took)
 		}
 	})
+}
+
+func TestScanConfig(t *testing.T) {
+	c, err := ParseConfig([]byte("data: /d\ncapture: {driver: scan, scan: {every: 90s, rate: 20MiB, tables: /t}}\n"))
+	if err != nil || c.Capture.Scan != (ScanConfig{90 * time.Second, 20 << 20, "/t"}) {
+		t.Errorf("%+v, %v", c.Capture.Scan, err)
+	}
+	for _, bad := range []string{"every: 1ms", "every: -1h", "rate: -5", "tables: [a]", "often: true"} {
+		if _, err := ParseConfig([]byte("data: /d\ncapture: {scan: {" + bad + "}}\n")); !errors.Is(err, dr.ErrInvalid) {
+			t.Errorf("%s: %v", bad, err)
+		}
+	}
+}
+
+// TestReplicateScan: the agent's own way, with a file that changes between two scans.
+func TestReplicateScan(t *testing.T) {
+	path := realFile(t)
+	d, err := openDrivers(CaptureConfig{Driver: driverScan, Scan: ScanConfig{Every: time.Second, Tables: t.TempDir()}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	o, err := d.open([]capture.Disk{{ID: 3, Path: path, Size: realDisk}}, "", 0)
+	if err != nil || o.driver != driverScan {
+		t.Fatalf("%s, %v", o.driver, err)
+	}
+	defer o.src.Close()
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if _, err := f.WriteAt(sector(7), 5<<20); err != nil {
+		t.Fatal(err)
+	}
+	p := newPipe(t, o.src)
+	wait := func(points int) {
+		t.Helper()
+		for end := time.Now().Add(20 * time.Second); len(p.points) < points && time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
+			p.step(1)
+		}
+		if now, _ := os.ReadFile(path); len(p.points) < points || !bytes.Equal(p.image, now) {
+			t.Fatalf("%d points, or the far side differs", len(p.points))
+		}
+	}
+	wait(1)
+	read := p.rep.disks[0].Read
+	if _, err := f.WriteAt(sector(8), 9<<20); err != nil {
+		t.Fatal(err)
+	}
+	for p.image[9<<20] != 8 && !t.Failed() {
+		p.step(1)
+		time.Sleep(time.Millisecond)
+	}
+	wait(len(p.points) + 1)
+	if again := p.rep.disks[0].Read - read; again != 64<<10 {
+		t.Errorf("%d bytes were read to send one changed sector, want a block", again)
+	}
+	if _, err := d.open([]capture.Disk{{ID: 3, Path: path + "x"}}, "", 0); !errors.Is(err, dr.ErrNotFound) {
+		t.Errorf("open of nothing: %v", err)
+	}
 }
