@@ -55,17 +55,6 @@ func start(t *testing.T, sizes ...int64) *machine {
 	return m
 }
 
-// shortDir is a directory whose sockets have names short enough for the kernel.
-func shortDir(t *testing.T) string {
-	t.Helper()
-	dir, err := os.MkdirTemp("", "fq")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	return dir
-}
-
 func (m *machine) boot() {
 	m.t.Helper()
 	args := []string{"-nodefaults", "-no-user-config", "-accel", "tcg", "-m", "64", "-display", "none", "-S"}
