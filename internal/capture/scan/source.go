@@ -280,7 +280,7 @@ func (s *Source) Verify(context.Context) (time.Time, error) {
 	defer s.mu.Unlock()
 	switch {
 	case s.mu.failed != nil:
-		return time.Time{}, fmt.Errorf("scan failed: %s", s.mu.failed) // its kind must not seem to be "ask again"
+		return time.Time{}, errors.New("scan failed: " + s.mu.failed.Error()) // its kind must not seem to be "ask again"
 	case !s.mu.proven.IsZero() && s.mu.at == s.mu.gen && s.settledLocked():
 		return s.mu.proven, nil
 	case s.mu.why != nil:
