@@ -13,6 +13,7 @@ import (
 
 	pb "farside/internal/api/farside/v1"
 	"farside/internal/dr"
+	"farside/internal/link"
 )
 
 // groups leads the barriers of the groups that are assigned: those that are asked
@@ -50,7 +51,7 @@ const (
 	// durableWithin is how long a scheduled tag may take to become durable before
 	// that counts as a failure.
 	durableWithin = 5 * time.Minute
-	durablePoll   = 50 * time.Millisecond
+	durablePoll   = time.Second // how soon it is seen that a stream began anew
 	// alertAfter failures in a row of a group's barrier there is an alert.
 	alertAfter = 3
 )
@@ -165,9 +166,10 @@ func (g *groups) tag(ctx context.Context, l *ledGroup, a *pb.GroupAssignment, t 
 	ctx, cancel := context.WithDeadline(ctx, time.Unix(0, t.GetDeadlineNs()))
 	defer cancel()
 	r := &pb.GroupTagResult{Id: t.GetId(), GroupId: a.GetGroupId(), Name: t.GetName()}
-	got, err := g.barrier(ctx, a, t, r)
+	streams := map[dr.MachineID]progressOf{}
+	got, err := g.barrier(ctx, a, t, r, streams)
 	if err == nil {
-		err = g.awaitDurable(ctx, got.at)
+		err = awaitDurable(ctx, streams, got.at)
 	}
 	r.TimeNs = time.Now().UnixNano()
 	if err != nil {
@@ -191,7 +193,15 @@ func (g *groups) tag(ctx context.Context, l *ledGroup, a *pb.GroupAssignment, t 
 	}
 }
 
-func (g *groups) barrier(ctx context.Context, a *pb.GroupAssignment, t *pb.GroupTagRequest, r *pb.GroupTagResult) (tagged, error) {
+// progressOf is a stream and what tells its progress, which is another one after
+// the stream has begun anew: then positions mean something else.
+type progressOf struct {
+	*stream
+	*link.Progress
+}
+
+// barrier notes the members' streams, as they are before it, in streams.
+func (g *groups) barrier(ctx context.Context, a *pb.GroupAssignment, t *pb.GroupTagRequest, r *pb.GroupTagResult, streams map[dr.MachineID]progressOf) (tagged, error) {
 	b := barrier{
 		name: t.GetName(), consistency: t.GetConsistency(), prepare: prepareWithin,
 		hold: time.Duration(a.GetHoldLimitMs()) * time.Millisecond, members: map[dr.MachineID]member{},
@@ -207,7 +217,7 @@ func (g *groups) barrier(ctx context.Context, a *pb.GroupAssignment, t *pb.Group
 		if s == nil {
 			return tagged{}, fmt.Errorf("machine %v has no stream here: %w", id, dr.ErrUnavailable)
 		}
-		b.members[id] = memberOf(s)
+		b.members[id], streams[id] = memberOf(s), progressOf{s, s.progress()}
 	}
 	if len(b.members) == 0 {
 		return tagged{}, fmt.Errorf("the group has no machines: %w", dr.ErrInvalid)
@@ -216,21 +226,20 @@ func (g *groups) barrier(ctx context.Context, a *pb.GroupAssignment, t *pb.Group
 }
 
 // awaitDurable waits until the far side has all of it.
-func (g *groups) awaitDurable(ctx context.Context, at map[dr.MachineID]dr.Position) error {
-	tick := time.NewTicker(durablePoll)
-	defer tick.Stop()
+func awaitDurable(ctx context.Context, streams map[dr.MachineID]progressOf, at map[dr.MachineID]dr.Position) error {
 	for id, p := range at {
-		for {
-			s := g.stream(id)
-			if s == nil || s.timeline != p.Timeline {
-				return fmt.Errorf("the stream of machine %v ended before its tag was durable: %w", id, dr.ErrUnavailable)
+		s := streams[id]
+		for last := s.Get(); last.Durable < p.Seq; {
+			short, cancel := context.WithTimeout(ctx, durablePoll)
+			next, err := s.Wait(short, last)
+			cancel()
+			if err == nil {
+				last = next
 			}
-			if s.durable() >= p.Seq {
-				break
+			if s.progress() != s.Progress {
+				return fmt.Errorf("the stream of machine %v began anew before its tag was durable: %w", id, dr.ErrUnavailable)
 			}
-			select {
-			case <-tick.C:
-			case <-ctx.Done():
+			if ctx.Err() != nil {
 				return fmt.Errorf("the tag of machine %v was not durable in time: %w", id, dr.ErrUnavailable)
 			}
 		}
@@ -238,11 +247,11 @@ func (g *groups) awaitDurable(ctx context.Context, at map[dr.MachineID]dr.Positi
 	return nil
 }
 
-// durable returns what the master target has of the stream.
-func (s *stream) durable() dr.Seq {
+// progress tells how far the stream is, since it began or began anew.
+func (s *stream) progress() *link.Progress {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.mu.progress.Get().Durable
+	return s.mu.progress
 }
 
 // report returns the latest results, newest last.
