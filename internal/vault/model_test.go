@@ -515,13 +515,17 @@ func (m *model) checkSpans(t fataler) {
 		t.Fatalf("spans: %v", err)
 	}
 	next := m.horizon() + 1
-	for _, s := range spans {
+	for i, s := range spans {
+		if i > 0 && s.Open && spans[i-1].Open {
+			t.Fatalf("spans %+v and %+v are one", spans[i-1], s)
+		}
 		if s.First.Seq != next || s.Last.Seq < s.First.Seq {
 			t.Fatalf("span %+v, want it to begin at %d", s, next)
 		}
 		for ; next <= s.Last.Seq; next++ {
 			i := slices.IndexFunc(m.o.frames, func(h frame.Header) bool { return h.First <= next && next <= h.Last })
-			if h := m.o.frames[i]; h.Open != s.Open || h.Accuracy != s.Accuracy {
+			// Of an open span the accuracy is the lowest in it.
+			if h := m.o.frames[i]; h.Open != s.Open || h.Accuracy != s.Accuracy && !s.Open || h.Accuracy > s.Accuracy {
 				t.Fatalf("position %d in span %+v, its frame is %+v", next, s, h)
 			}
 		}

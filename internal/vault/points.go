@@ -66,7 +66,9 @@ func (v *Vault) Horizon() (dr.Position, int64) {
 	return dr.Position{Timeline: m.BaseTimeline, Seq: m.Horizon}, m.HorizonTime
 }
 
-// Spans returns the kept history of the machine in order.
+// Spans returns the kept history of the machine in order. Open neighbours are one span, of
+// the lower accuracy: during a sync, captured writes and bulk data take turns, and nothing there
+// is a recovery point.
 func (v *Vault) Spans() ([]Span, error) {
 	var out []Span
 	for _, k := range slices.Backward(v.history(v.Timeline(), v.Head().Position.Seq)) {
@@ -76,12 +78,18 @@ func (v *Vault) Spans() ([]Span, error) {
 		}
 		for _, s := range joinSpans(all) {
 			first, last := max(s.First, k.after+1), min(s.Last, k.through)
-			out = append(out, Span{
+			next := Span{
 				s.Accuracy, s.Open,
 				dr.Position{Timeline: k.timeline, Seq: first},
 				dr.Position{Timeline: k.timeline, Seq: last},
 				s.FirstTime, s.LastTime,
-			})
+			}
+			if n := len(out) - 1; n >= 0 && s.Open && out[n].Open && out[n].Last.Timeline == k.timeline {
+				next.First, next.FirstTime = out[n].First, out[n].FirstTime
+				next.Accuracy = max(next.Accuracy, out[n].Accuracy)
+				out = out[:n]
+			}
+			out = append(out, next)
 		}
 	}
 	return out, nil

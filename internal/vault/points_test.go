@@ -5,6 +5,7 @@ import (
 	"testing"
 
 	"farside/internal/dr"
+	"farside/internal/frame"
 	"farside/internal/vfs"
 )
 
@@ -45,5 +46,39 @@ func TestRevokedTags(t *testing.T) {
 	}
 	if p, err := v.Resolve(SelectPosition(withdrawal)); err != nil || p.Consistency != dr.Crash || p.Tag != "" {
 		t.Errorf("where it was withdrawn: %+v, %v", p, err)
+	}
+}
+
+// A sync is one span, whatever takes turns in it.
+func TestASyncIsOneSpan(t *testing.T) {
+	v, err := Create(vfs.NewMem(), "v", dr.NewMachineID(), testDisks, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer v.Close()
+	s := newSource(1, v.Head())
+	for _, f := range []struct {
+		kind     frame.Kind
+		accuracy dr.Accuracy
+		open     bool
+	}{
+		{frame.Changes, dr.Exact, false},
+		{frame.Changes, dr.Exact, true},
+		{frame.Resync, dr.Epoch, true},
+		{frame.Changes, dr.Exact, true},
+		{frame.Resync, dr.Epoch, true},
+		{frame.Changes, dr.Exact, false},
+	} {
+		if err := v.Log().Append(s.frame(f.kind, f.accuracy, f.open, 2)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := v.Log().Sync(); err != nil {
+		t.Fatal(err)
+	}
+	spans, err := v.Spans()
+	if err != nil || len(spans) != 3 || !spans[1].Open || spans[1].Accuracy != dr.Epoch ||
+		spans[1].First.Seq != spans[0].Last.Seq+1 || spans[1].Last.Seq != spans[2].First.Seq-1 || spans[1].FirstTime >= spans[1].LastTime {
+		t.Errorf("spans %+v, %v", spans, err)
 	}
 }

@@ -62,14 +62,22 @@ func (f *far) protect(path string) {
 // meanwhile is no error; that one has ended is.
 func (f *far) exact(limit time.Duration) *farsidev1.Machine {
 	f.t.Helper()
+	return f.until(limit, "the stream is exact", func(m *farsidev1.Machine) bool {
+		return m.GetState() == farsidev1.MachineState_MACHINE_STATE_PROTECTED && m.GetNewest() != nil
+	})
+}
+
+// until waits until the machine is as wanted.
+func (f *far) until(limit time.Duration, what string, wanted func(*farsidev1.Machine) bool) *farsidev1.Machine {
+	f.t.Helper()
 	var m *farsidev1.Machine
 	var last error
-	err := stage.Poll(f.t.Context(), limit, "wait until the stream is exact", func(ctx context.Context) (ok bool, err error) {
+	err := stage.Poll(f.t.Context(), limit, "wait until "+what, func(ctx context.Context) (ok bool, err error) {
 		m, last = f.stage.Far.State(ctx)
-		return last == nil && m.GetState() == farsidev1.MachineState_MACHINE_STATE_PROTECTED && m.GetNewest() != nil, f.stage.Ended()
+		return last == nil && wanted(m), f.stage.Ended()
 	})
 	if err != nil {
-		f.t.Fatalf("%v: it is %v: %s: %v", err, m.GetState(), m.GetReason(), last)
+		f.t.Fatalf("%v: it is %v: %s: %v; %v; %v", err, m.GetState(), m.GetReason(), last, m.GetProgress(), m.GetEvents())
 	}
 	return m
 }

@@ -19,6 +19,7 @@ type lab struct {
 	loop    *load.Loop
 	mount   string
 	unmount func() error // nil once it was done
+	slow    int          // pace of the load; 0 is 1
 }
 
 // labOptions say what a lab is made of. The zero value but for the size is a lab with ext4.
@@ -84,7 +85,7 @@ func (l *lab) leave() {
 // load runs the mixed load while fn runs.
 func (l *lab) load(fn func()) {
 	l.t.Helper()
-	stop, err := load.Start(l.mount, &l.oracle)
+	stop, err := load.StartSlow(l.mount, max(1, l.slow), &l.oracle)
 	if err != nil {
 		l.t.Fatal(err)
 	}

@@ -16,6 +16,9 @@ import (
 // childVariable names the directory that a child process is to load.
 const childVariable = "FARSIDE_LOAD_DIR"
 
+// slowVariable says by how much each of its pauses is to be longer than usual.
+const slowVariable = "FARSIDE_LOAD_SLOW"
+
 // Main is to be called first in TestMain by whoever uses Start: in the child
 // process it runs the load and exits, elsewhere it does nothing.
 func Main() {
@@ -47,9 +50,13 @@ func (p *printer) Record(row int64, at time.Time) {
 
 // Start runs Mixed on dir in a child process and records its commits in o, until
 // stop is called. All commits are recorded when stop returns.
-func Start(dir string, o *Oracle) (stop func() error, err error) {
+func Start(dir string, o *Oracle) (stop func() error, err error) { return StartSlow(dir, 1, o) }
+
+// StartSlow is Start of a load whose pauses are slow times as long, and that has some where
+// it else has none.
+func StartSlow(dir string, slow int, o *Oracle) (stop func() error, err error) {
 	cmd := exec.Command(os.Args[0])
-	cmd.Env = append(os.Environ(), childVariable+"="+dir)
+	cmd.Env = append(os.Environ(), childVariable+"="+dir, fmt.Sprintf("%s=%d", slowVariable, slow))
 	cmd.Stderr = os.Stderr
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	in, err1 := cmd.StdinPipe()

@@ -27,11 +27,15 @@ func NewLoop(file string, size int64) (*Loop, error) {
 			return nil, fmt.Errorf("size %s: %w", file, err)
 		}
 	}
-	out, err := run("losetup", "--find", "--show", file)
-	if err != nil {
-		return nil, err
+	// Another process may attach the device that losetup has found.
+	var out string
+	var err error
+	for range 5 {
+		if out, err = run("losetup", "--find", "--show", file); err == nil {
+			return &Loop{Device: strings.TrimSpace(out), File: file}, nil
+		}
 	}
-	return &Loop{Device: strings.TrimSpace(out), File: file}, nil
+	return nil, err
 }
 
 // Close detaches the device; the file stays.

@@ -52,3 +52,17 @@ func (o *Oracle) DurableBefore(t int64) int64 {
 
 // Last returns the highest row recorded.
 func (o *Oracle) Last() int64 { return o.DurableBefore(1<<63 - 1) }
+
+// LongestPause returns the longest time between two commits that follow each other, or
+// between one and an end of the time from one moment to another (UTC ns).
+func (o *Oracle) LongestPause(from, to int64) time.Duration {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	longest, last := int64(0), from
+	for _, c := range o.mu.commits {
+		if c.Time > last && c.Time <= to {
+			longest, last = max(longest, c.Time-last), c.Time
+		}
+	}
+	return time.Duration(max(longest, to-last))
+}

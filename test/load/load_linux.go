@@ -280,7 +280,7 @@ func alignedPage() []byte {
 // slow is by how much each pause of the load is longer than usual: for machines that
 // can't do more, as emulated ones.
 var slow = func() time.Duration {
-	n, err := strconv.Atoi(os.Getenv("FARSIDE_LOAD_SLOW"))
+	n, err := strconv.Atoi(os.Getenv(slowVariable))
 	if err != nil || n < 1 {
 		return 1
 	}

@@ -19,3 +19,18 @@ func TestOracle(t *testing.T) {
 		t.Errorf("last row %d", o.Last())
 	}
 }
+
+func TestLongestPause(t *testing.T) {
+	var o Oracle
+	for _, at := range []int64{10, 20, 50, 60} {
+		o.Record(at, time.Unix(0, at))
+	}
+	for _, c := range []struct {
+		from, to int64
+		want     time.Duration
+	}{{0, 60, 30}, {10, 20, 10}, {50, 60, 10}, {60, 160, 100}, {30, 40, 10}, {0, 20, 10}} {
+		if got := o.LongestPause(c.from, c.to); got != c.want {
+			t.Errorf("from %d to %d: %v, want %v", c.from, c.to, got, c.want)
+		}
+	}
+}
