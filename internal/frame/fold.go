@@ -50,6 +50,10 @@ type foldItem struct {
 // NewFolding returns a Folding without frames.
 func NewFolding() *Folding { return &Folding{maxRaw: MaxRaw, maxExtents: MaxExtents} }
 
+// LimitData makes merged frames shorter: at most n bytes of data, 64 KiB to
+// MaxRaw, but as much as is left of one original. It comes before the first Merge.
+func (x *Folding) LimitData(n int) { x.maxRaw = min(max(n, BlockSize), MaxRaw) }
+
 // Add appends a frame to the run and reports true, or reports false when the run
 // must end before it: because f does not continue it, is a tag, opens a sync behind a
 // recovery point, or because the run is as long as memory allows.
@@ -127,7 +131,7 @@ func (x *Folding) Merge(f *Frame, c Compression) (out []byte, err error) {
 	if len(mine) > x.maxExtents {
 		mine = whole(f, k) // it fits uncut; what comes behind it hides the rest
 	}
-	if len(mine) > 0 && !x.room(mine) {
+	if len(mine) > 0 && len(x.table) > 0 && !x.room(mine) {
 		out = x.emit(c, true)
 	}
 	if err := x.take(f, mine); err != nil {

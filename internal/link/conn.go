@@ -76,7 +76,9 @@ func (w *writer) keepAlive(ctx context.Context) error {
 			return nil
 		case <-tick.C:
 		}
-		w.mu.Lock()
+		if !w.mu.TryLock() {
+			continue // somebody writes, so what the other side reads is life enough
+		}
 		idle := !w.mu.wrote
 		w.mu.wrote = false
 		w.mu.Unlock()

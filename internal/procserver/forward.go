@@ -85,6 +85,9 @@ func (x *source) Resume(at frame.Cursor, durable dr.Seq) (err error) {
 	if at.Position.Timeline != s.timeline {
 		return fmt.Errorf("master target stands on timeline %d, assigned is %d: %w", at.Position.Timeline, s.timeline, dr.ErrTimeline)
 	}
+	s.mu.Lock()
+	s.mu.pace.flying = nil
+	s.mu.Unlock()
 	if s.isReady() {
 		x.r, err = s.spool.ReadFrom(at)
 		if err == nil || !errors.Is(err, dr.ErrGap) {
@@ -125,6 +128,7 @@ func (s *stream) reset(at frame.Cursor, durable dr.Seq) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.mu.ready = true
+	s.mu.pace.marks = nil
 	s.mu.progress = link.NewProgress(link.Ack{Stored: at.Position.Seq, Durable: durable})
 	return nil
 }
@@ -137,6 +141,7 @@ func (x *source) Next(ctx context.Context) ([]byte, error) {
 	}
 	x.s.mu.Lock()
 	x.s.mu.bytesOut += f.Size()
+	x.s.mu.pace.flying = append(x.s.mu.pace.flying, flying{f.Last, f.Size()})
 	x.s.mu.Unlock()
 	return f.Bytes(), nil
 }
@@ -152,6 +157,7 @@ func (x *source) Acked(a link.Ack) {
 	}
 	s.mu.Lock()
 	progress := s.mu.progress
+	s.mu.pace.acked(a.Durable)
 	s.mu.Unlock()
 	progress.Raise(0, a.Durable)
 }

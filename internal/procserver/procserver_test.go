@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"maps"
 	"math/rand/v2"
 	"net"
 	"os"
@@ -22,6 +23,7 @@ import (
 	"farside/internal/link"
 	"farside/internal/transport"
 	"farside/internal/vfs"
+	"farside/test/wan"
 )
 
 var (
@@ -40,8 +42,10 @@ func TestMain(m *testing.M) {
 	e.Add(dr.Extent{Length: 1 << 20}, dr.Data, 0, make([]byte, 1<<20))
 	b, _ := e.Finish()
 	f, err := frame.Parse(b)
-	if err == nil {
-		_, err = f.Payload(nil)
+	for c := range frame.MostCompression + 1 {
+		if err == nil {
+			_, err = f.Compress(c)
+		}
 	}
 	if err != nil {
 		panic(err)
@@ -186,11 +190,25 @@ type site struct {
 	target  *target
 	cut     func() bool // whether the WAN is cut right now
 	breakAt func() int  // bytes after which a WAN connection breaks; 0 never
+	proxy   *wan.Proxy  // or the WAN is this
+}
+
+// receive is the master target's end of a connection.
+func (s *site) receive(conn net.Conn) {
+	target := s.target
+	s.wg.Go(func() {
+		link.Receive(context.Background(), conn, func(context.Context, link.Hello) (link.Sink, error) { return target, nil })
+	})
 }
 
 func (s *site) dial(ctx context.Context, _ route) (net.Conn, error) {
 	if s.cut != nil && s.cut() {
 		return nil, dr.ErrUnavailable
+	}
+	if s.proxy != nil {
+		a, b := transport.Pipe(psPeer, mtPeer)
+		s.proxy.Serve(b)
+		return a, nil
 	}
 	a, b := transport.Pipe(psPeer, mtPeer)
 	target := s.target
@@ -272,17 +290,55 @@ func waitDurable(t testing.TB, a *agent) {
 	t.Fatalf("durable up to %d of %d", a.durable(), last.Last)
 }
 
+// checkTarget compares what the master target got with what was sent: each frame,
+// and, where frames were folded, what they make of a disk.
 func checkTarget(t testing.TB, m *target, want [][]byte) {
 	t.Helper()
-	if len(m.got) != len(want) {
-		t.Fatalf("%d frames at the master target, want %d", len(m.got), len(want))
+	sent, disk, wanted := map[dr.Seq]*frame.Frame{}, map[int64]byte{}, map[int64]byte{}
+	var last *frame.Frame
+	for _, b := range want {
+		w, err := frame.Parse(b)
+		if err != nil {
+			t.Fatal(err)
+		}
+		last, sent[w.Last] = w, w
+		applyTo(t, wanted, w)
 	}
+	exact := 0
 	for i, f := range m.got {
-		w, _ := frame.Parse(want[i])
+		w := sent[f.Last]
+		if w == nil || w.End() != f.End() {
+			t.Fatalf("frame %d ends where none did, at %v", i, f.Last)
+		}
+		applyTo(t, disk, f)
+		if f.Folded {
+			continue
+		}
+		exact++
 		a, err1 := f.Payload(nil)
 		b, err2 := w.Payload(nil)
-		if err1 != nil || err2 != nil || !bytes.Equal(a, b) || f.Chain != w.Chain {
+		if err1 != nil || err2 != nil || !bytes.Equal(a, b) || f.First != w.First {
 			t.Fatalf("frame %d differs: %v %v", i, err1, err2)
+		}
+	}
+	if n := len(m.got); n == 0 || m.got[n-1].End() != last.End() || exact == n && n != len(want) {
+		t.Fatalf("%d frames at the master target, want %d", len(m.got), len(want))
+	}
+	if !maps.Equal(disk, wanted) {
+		t.Fatal("the disks differ")
+	}
+}
+
+// applyTo notes the first byte of each sector that a frame writes.
+func applyTo(t testing.TB, disk map[int64]byte, f *frame.Frame) {
+	t.Helper()
+	raw, err := f.Payload(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, x := range f.All() {
+		for off := int64(0); off < x.Length; off += dr.SectorSize {
+			disk[x.Offset+off] = raw[int64(x.RawOff)+off]
 		}
 	}
 }

@@ -55,7 +55,11 @@ type running struct {
 
 func newServer(fsys vfs.FS, dir string, limit int64, dial dialer, log *slog.Logger) *server {
 	s := &server{fs: fsys, dir: dir, limit: limit, log: log}
-	s.env = env{dial: dial, notice: s.notice, work: make(chan struct{}, runtime.GOMAXPROCS(0))}
+	workers := runtime.GOMAXPROCS(0)
+	s.env = env{
+		dial: dial, notice: s.notice, work: make(chan struct{}, workers), meter: &meter{width: workers},
+		folding: make(chan struct{}, 1),
+	}
 	s.links.Authorize, s.links.Open = s.authorize, s.open
 	s.mu.streams = map[dr.MachineID]*running{}
 	s.group.notice, s.group.log = s.notice, log
@@ -203,7 +207,10 @@ func (s *server) begin(ctx context.Context, r route, limit int64) error {
 	s.mu.Unlock()
 	go func() {
 		defer close(run.done)
+		var tending sync.WaitGroup
+		tending.Go(func() { run.tend(ctx) })
 		_ = run.forward(ctx) // ends with ctx only
+		tending.Wait()
 	}()
 	return nil
 }

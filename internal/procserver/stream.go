@@ -51,18 +51,22 @@ type stream struct {
 		received  int64          // frames from the agent
 		bytesIn   int64          // of them, as they came
 		bytesOut  int64          // sent to the master target
+		pace      pace
 	}
 }
 
 // env is what all streams of a process server share.
 type env struct {
-	dial   dialer
-	notice func(code string, severity pb.Severity, text string)
-	work   chan struct{} // has room for as many as may compress at a time
+	dial    dialer
+	notice  func(code string, severity pb.Severity, text string)
+	work    chan struct{} // has room for as many as may compress at a time
+	meter   *meter        // of the time that they take
+	folding chan struct{} // has room for as many as may fold at a time
 }
 
 func newStream(r route, e env, sp *spool.Spool, drop func(), log *slog.Logger) *stream {
 	s := &stream{route: r, env: e, spool: sp, drop: drop, log: log.With("machine", r.machine)}
+	s.mu.pace.level = r.codec.Compression()
 	c, ok := sp.Cursor()
 	// Another timeline's frames are of no use; the master target says where to start over.
 	s.mu.ready = ok && c.Position.Timeline == r.timeline
@@ -119,7 +123,7 @@ func (k *sink) Handle(_ context.Context, kind link.CallKind, _ []byte) ([]byte, 
 
 // Append implements link.Sink: it compresses the frames and spools them.
 func (k *sink) Append(ctx context.Context, frames []*frame.Frame) error {
-	packed, err := recode(ctx, frames, k.s.codec, k.s.work)
+	packed, err := recode(ctx, frames, k.s.packing(), k.s.env)
 	if err != nil {
 		return err
 	}
@@ -128,6 +132,9 @@ func (k *sink) Append(ctx context.Context, frames []*frame.Frame) error {
 	}
 	k.s.mu.Lock()
 	defer k.s.mu.Unlock()
+	for _, f := range packed {
+		k.s.mu.pace.stored += f.Size()
+	}
 	for _, f := range frames {
 		k.s.mu.received++
 		k.s.mu.bytesIn += f.Size()
@@ -144,24 +151,29 @@ func (k *sink) Sync() error {
 	return nil
 }
 
-// recode compresses frames beside each other and keeps their order. work has
-// room for as many as may run at a time, of all streams.
-func recode(ctx context.Context, frames []*frame.Frame, codec frame.Codec, work chan struct{}) ([]*frame.Frame, error) {
+// recode compresses frames beside each other and keeps their order. The workers
+// are those of all streams.
+func recode(ctx context.Context, frames []*frame.Frame, c frame.Compression, e env) ([]*frame.Frame, error) {
 	out := make([]*frame.Frame, len(frames))
 	g, ctx := errgroup.WithContext(ctx)
 	for i, f := range frames {
-		if f.Codec == codec || f.RawLen == 0 {
+		packed := f.Codec == c.Codec() || f.Codec != frame.None && c != frame.Plain // by the agent: done is done
+		if packed || f.RawLen == 0 || f.Kind == frame.TagKind {
 			out[i] = f
 			continue
 		}
 		select {
-		case work <- struct{}{}:
+		case e.work <- struct{}{}:
 		case <-ctx.Done():
 			return nil, errors.Join(context.Cause(ctx), g.Wait())
 		}
 		g.Go(func() error {
-			defer func() { <-work }()
-			b, err := f.Recode(codec)
+			began := time.Now()
+			defer func() {
+				e.meter.spent.Add(int64(time.Since(began)))
+				<-e.work
+			}()
+			b, err := f.Compress(c)
 			if err == nil {
 				out[i], err = frame.Parse(b)
 			}

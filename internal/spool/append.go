@@ -82,13 +82,15 @@ func (s *Spool) emptyLocked() bool {
 func (s *Spool) active() (*segment.Writer, error) {
 	s.mu.Lock()
 	w, none, broken := s.mu.writer, len(s.mu.parts) == 0, s.mu.broken
+	cut := s.mu.cut
+	s.mu.cut = false
 	s.mu.Unlock()
 	switch {
 	case none:
 		return nil, fmt.Errorf("spool has no beginning yet: %w", dr.ErrInvalid)
 	case broken:
 		return nil, errBroken
-	case w.Size() < s.opts.SegmentSize:
+	case w.Size() < s.opts.SegmentSize && (!cut || w.Reader().Start() == w.Reader().End()):
 		return w, nil
 	}
 	return s.roll(w)

@@ -16,6 +16,7 @@ import (
 type FoldOptions struct {
 	Compression frame.Compression // of what is made
 	MaxBytes    int64             // of the segments of one run; 0 means 512 MiB
+	FrameData   int               // bytes of data in each merged frame, about; 0 means as much as fits
 	Worth       float64           // an epoch is made only if at most this share of the data is left; 0 means 0.9
 }
 
@@ -41,7 +42,7 @@ type run struct {
 }
 
 // Fold replaces segments that no reader has come to yet by one in which frames are
-// merged to epochs. It begins a fresh segment first, so that all there is can take part. A reader that
+// merged to epochs. It begins a fresh segment first, see Cut. A reader that
 // comes to the run meanwhile waits. When there is nothing worth folding, Folded is zero. After an
 // error the spool holds what it held.
 func (s *Spool) Fold(ctx context.Context, o FoldOptions) (Folded, error) {
@@ -75,12 +76,19 @@ func (s *Spool) Fold(ctx context.Context, o FoldOptions) (Folded, error) {
 	return done, nil
 }
 
-// Cut begins a fresh segment, unless the active one is empty.
+// Cut begins a fresh segment, unless the active one is empty; if something is just
+// being appended, or waits for room, the next Append does so.
 func (s *Spool) Cut() error {
-	s.appending.Lock()
+	s.mu.Lock()
+	s.mu.cut = true
+	s.mu.Unlock()
+	if !s.appending.TryLock() {
+		return nil
+	}
 	defer s.appending.Unlock()
 	s.mu.Lock()
 	w, broken, closed := s.mu.writer, s.mu.broken, s.mu.closed
+	s.mu.cut = false
 	s.mu.Unlock()
 	switch {
 	case broken:
@@ -290,6 +298,9 @@ func (m *merger) survey() (worth bool, err error) {
 // to be copied as they are.
 func (m *merger) group(k int) (x *frame.Folding, n int, ok bool, err error) {
 	x = frame.NewFolding()
+	if m.o.FrameData > 0 {
+		x.LimitData(m.o.FrameData)
+	}
 	data := []int64{0}
 	for i := k; i < len(m.at); i++ {
 		if err := m.ctx.Err(); err != nil {

@@ -69,6 +69,7 @@ type Spool struct {
 		shown  dr.Seq   // readers were shown nothing behind it
 		fold   *run     // being folded: readers wait before it
 		stale  []string // segments that a folded one replaces, still to be removed
+		cut    bool     // the next Append begins a fresh segment
 		untidy bool     // their removal, or the replacement, is not durable yet
 	}
 }

@@ -15,6 +15,8 @@ type Status struct {
 	Backlog     int64        // bytes of the frames behind Durable
 	Oldest      int64        // UTC ns, of the first of them; 0 if there is none
 	Full        bool         // an Append waits for room
+	Ahead       int64        // bytes that a reader has to come through before it is at what could be folded
+	Foldable    int64        // bytes that no reader was shown anything of, in segments of their own
 }
 
 // Status returns how the spool stands. It costs one search however much the
@@ -41,7 +43,28 @@ func (s *Spool) Status() Status {
 		}
 		st.Backlog += entries[n-1].Off + entries[n-1].Len - first.Off
 	}
+	st.Ahead, st.Foldable = s.unshownBytesLocked()
 	return st
+}
+
+func (s *Spool) unshownBytesLocked() (ahead, foldable int64) {
+	if !s.mu.met {
+		return 0, 0
+	}
+	for _, p := range s.mu.parts {
+		entries := p.reader.Entries()
+		n := len(entries)
+		if n == 0 || entries[n-1].Last <= s.mu.shown {
+			continue
+		}
+		end := entries[n-1].Off + entries[n-1].Len
+		if first, ok := p.reader.Find(s.mu.shown + 1); ok && entries[0].First <= s.mu.shown {
+			ahead += end - first.Off
+			continue
+		}
+		foldable += end
+	}
+	return ahead, foldable
 }
 
 // timeLocked returns the time of the frame that holds seq, or 0.
