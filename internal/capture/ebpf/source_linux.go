@@ -312,7 +312,7 @@ func (s *source) Next(ctx context.Context, wait time.Duration, fn func(capture.E
 	defer s.leave()
 	s.started.Store(true)
 	deadline := time.Now().Add(wait)
-	for pause := pollShort; ; {
+	for pause := firstPause(s.opts.RingBytes); ; pause = min(pause+pause/8, pollLong) {
 		n, err := s.batch(fn)
 		if n > 0 || err != nil {
 			return n, err
@@ -322,17 +322,28 @@ func (s *source) Next(ctx context.Context, wait time.Duration, fn func(capture.E
 		if left <= 0 {
 			return 0, ctx.Err()
 		}
-		timer := time.NewTimer(min(pause, left))
-		select {
-		case <-timer.C:
-		case <-ctx.Done():
-			timer.Stop()
-			return 0, ctx.Err()
-		case <-s.life.closed:
-			timer.Stop()
-			return 0, fmt.Errorf("next event: capture closed: %w", dr.ErrUnavailable)
+		if err := s.idle(ctx, min(pause, left)); err != nil {
+			return 0, err
 		}
-		pause = min(pause+pause/8, pollLong)
+	}
+}
+
+// idle waits for d, or until there is no more sense in it.
+func (s *source) idle(ctx context.Context, d time.Duration) error {
+	if d < pollShort { // Go's timers round up to a millisecond
+		nap := unix.NsecToTimespec(int64(d))
+		_ = unix.Nanosleep(&nap, nil) // a signal may cut it short
+		return ctx.Err()              // a Close is seen at the next turn
+	}
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-s.life.closed:
+		return fmt.Errorf("next event: capture closed: %w", dr.ErrUnavailable)
 	}
 }
 
@@ -341,7 +352,15 @@ func (s *source) Next(ctx context.Context, wait time.Duration, fn func(capture.E
 const (
 	pollShort = 500 * time.Microsecond
 	pollLong  = 5 * time.Millisecond
+	// pollLeast is the shortest pause. A small ring is full so soon that the reader looks
+	// when an eighth may be, at 1 GB/s.
+	pollLeast = 50 * time.Microsecond
 )
+
+// firstPause returns how long a reader of a ring waits at first.
+func firstPause(ring int64) time.Duration {
+	return max(pollLeast, min(pollShort, time.Duration(ring/8)))
+}
 
 // freeStep is how much is handed over before the kernel hears of it, bytes.
 const freeStep = 1 << 20
