@@ -36,6 +36,7 @@ type machineInfo struct {
 	Points        *scheduleInfo `json:"points,omitempty"`
 	Used          int64         `json:"used_bytes"`
 	Backlog       int64         `json:"backlog_bytes"`
+	Stream        *streamInfo   `json:"stream,omitempty"` // at the process server
 	LastSeen      time.Time     `json:"last_seen"`
 	Warnings      []notice      `json:"warnings,omitempty"`
 	Events        []notice      `json:"events,omitempty"`
@@ -76,6 +77,18 @@ type diskInfo struct {
 	Error string `json:"error,omitempty"`
 	Lag   int64  `json:"lag_ms"`
 	Dirty int64  `json:"dirty_bytes"`
+}
+
+// streamInfo is how the way to the master target keeps up.
+type streamInfo struct {
+	Behind      bool   `json:"behind"` // the link has been slower than the changes
+	Backlog     int64  `json:"backlog_bytes"`
+	BacklogAge  int64  `json:"backlog_age_ms"`
+	Compression string `json:"compression"`
+	LinkRate    int64  `json:"link_bytes_per_second"`
+	Folds       int64  `json:"folds"`
+	FoldBefore  int64  `json:"fold_bytes_before"`
+	FoldAfter   int64  `json:"fold_bytes_after"`
 }
 
 type discovered struct {
@@ -128,6 +141,12 @@ func describeMachine(m *farsidev1.Machine) machineInfo {
 	}
 	if r := m.GetRpo(); r.GetKnown() {
 		info.RPO = &rpoInfo{Now: r.GetNowMs(), P50: r.GetP50Ms(), P99: r.GetP99Ms(), Max: r.GetMaxMs()}
+	}
+	if s := m.GetStream(); s != nil {
+		info.Stream = &streamInfo{
+			Behind: s.GetBehind(), Backlog: s.GetBacklogBytes(), BacklogAge: s.GetBacklogAgeMs(), Compression: s.GetCompression(),
+			LinkRate: s.GetLinkBytesPerSecond(), Folds: s.GetFolds(), FoldBefore: s.GetFoldBytesBefore(), FoldAfter: s.GetFoldBytesAfter(),
+		}
 	}
 	if p := m.GetSettings().GetPoints(); p != nil {
 		info.Points = &scheduleInfo{p.GetFilesystemEveryMs(), p.GetApplicationEveryMs(), p.GetFreezeLimitMs()}
@@ -205,6 +224,19 @@ func (m *machineInfo) newestText() string {
 	return fmt.Sprintf("%v at %s", m.Newest.Position, m.Newest.Time.Format(time.RFC3339Nano))
 }
 
+// human tells how the link keeps up.
+func (s *streamInfo) human() string {
+	text := fmt.Sprintf("keeps up, %s on the way, by %s", size(s.Backlog), s.Compression)
+	if s.Behind {
+		text = fmt.Sprintf("slower than the changes: %s wait, the oldest for %v; %s a second, by %s",
+			size(s.Backlog), (time.Duration(s.BacklogAge) * time.Millisecond).Round(time.Second), size(s.LinkRate), s.Compression)
+	}
+	if s.Folds > 0 && s.FoldAfter > 0 {
+		text += fmt.Sprintf("; folded %s to %s", size(s.FoldBefore), size(s.FoldAfter))
+	}
+	return text
+}
+
 // human shows one machine.
 func (m *machineInfo) human(w io.Writer) {
 	table(w, m.Name+"\t"+m.ID, func(row func(string, ...any)) {
@@ -218,6 +250,9 @@ func (m *machineInfo) human(w io.Writer) {
 		}
 		if m.RPO != nil {
 			row("RPO\t%d ms now, half the time at most %d ms, 99 %% at most %d ms", m.RPO.Now, m.RPO.P50, m.RPO.P99)
+		}
+		if m.Stream != nil {
+			row("link\t%s", m.Stream.human())
 		}
 		row("newest point\t%s", m.newestText())
 		if m.Horizon != nil && m.HorizonTime != nil {

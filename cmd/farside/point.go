@@ -30,7 +30,8 @@ type pointList struct {
 
 type spanInfo struct {
 	Accuracy  string      `json:"accuracy"`
-	Open      bool        `json:"open,omitempty"` // no position within can be opened
+	Open      bool        `json:"open,omitempty"`   // no position within can be opened
+	Reason    string      `json:"reason,omitempty"` // why not every write can be opened
 	First     dr.Position `json:"first"`
 	Last      dr.Position `json:"last"`
 	FirstTime time.Time   `json:"first_time"`
@@ -80,7 +81,7 @@ func describePoints(r *farsidev1.ListPointsResponse) *pointList {
 	}
 	for _, s := range r.GetSpans() {
 		list.Spans = append(list.Spans, spanInfo{
-			Accuracy: lowerName(s.GetAccuracy(), "ACCURACY_"), Open: s.GetOpen(),
+			Accuracy: lowerName(s.GetAccuracy(), "ACCURACY_"), Open: s.GetOpen(), Reason: s.GetReason(),
 			First: position(s.GetFirst()), Last: position(s.GetLast()),
 			FirstTime: utc(s.GetFirstTimeNs()), LastTime: utc(s.GetLastTimeNs()),
 		})
@@ -99,12 +100,20 @@ func describeTag(t *farsidev1.TagPoint) tagPoint {
 	}
 }
 
+// spanReasons say why a span is not exact.
+var spanReasons = map[string]string{
+	"sync": "the disks were being synced", "link-behind": "the link was slower than the changes",
+}
+
 func (l *pointList) human(w io.Writer) {
 	table(w, "FROM\tTO\tPOSITIONS\tEACH WRITE", func(row func(string, ...any)) {
 		for _, s := range l.Spans {
 			each := map[string]string{"exact": "yes", "epoch": "no, only the end"}[s.Accuracy]
 			if s.Open {
 				each = "none can be opened"
+			}
+			if text := spanReasons[s.Reason]; text != "" {
+				each += ": " + text
 			}
 			row("%s\t%s\t%v to %v\t%s", s.FirstTime.Format(time.RFC3339Nano), s.LastTime.Format(time.RFC3339Nano), s.First, s.Last, each)
 		}

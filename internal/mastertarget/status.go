@@ -109,6 +109,22 @@ func (m *machine) status() (*pb.TargetStatus, vault.Stats) {
 	return t, stats
 }
 
+// joinEpochs makes one span of a run of epochs: those that don't fit into one frame
+// begin with frames that are open.
+func joinEpochs(spans []vault.Span) []vault.Span {
+	var out []vault.Span
+	for _, s := range spans {
+		if s.Accuracy == dr.Epoch && !s.Open {
+			for n := len(out) - 1; n >= 0 && out[n].Accuracy == dr.Epoch && out[n].Last.Timeline == s.Last.Timeline; n-- {
+				s.First, s.FirstTime = out[n].First, out[n].FirstTime
+				out = out[:n]
+			}
+		}
+		out = append(out, s)
+	}
+	return out
+}
+
 // tellHistory describes spans, tags and the newest point of a vault.
 func tellHistory(v *vault.Vault) (out history, err error) {
 	spans, err1 := v.Spans()
@@ -116,14 +132,18 @@ func tellHistory(v *vault.Vault) (out history, err error) {
 	if err := errors.Join(err1, err2); err != nil {
 		return out, err
 	}
+	spans = joinEpochs(spans)
 	out.cut = len(spans) > maxListed
 	for _, s := range spans[max(0, len(spans)-maxListed):] {
 		p := &pb.Span{
 			Accuracy: accuracy(s.Accuracy), First: position(s.First), Last: position(s.Last),
 			FirstTimeNs: s.FirstTime, LastTimeNs: s.LastTime, Open: s.Open,
 		}
-		if s.Accuracy == dr.Epoch && !s.Open {
-			p.First = p.Last
+		switch {
+		case s.Open:
+			p.Reason = "sync"
+		case s.Accuracy == dr.Epoch: // only folding makes those
+			p.First, p.Reason = p.Last, "link-behind"
 		}
 		out.spans, out.open = append(out.spans, p), s.Open
 	}

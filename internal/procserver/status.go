@@ -21,10 +21,18 @@ func (s *stream) status(sp spool.Status, now time.Time, agentConnected bool) *pb
 		FramesReceived: s.mu.received, BytesReceived: s.mu.bytesIn, BytesSent: s.mu.bytesOut,
 		Error: s.faultLocked(sp),
 	}
+	s.mu.pace.describe(st)
 	if sp.Backlog > 0 {
 		st.BacklogAgeMs = max(0, now.UnixNano()-sp.Oldest) / int64(time.Millisecond)
 	}
 	return st
+}
+
+// describe adds what the controller does.
+func (p *pace) describe(st *pb.StreamStatus) {
+	st.Behind, st.Compression, st.LinkBytesPerSecond = p.behind, p.level.String(), int64(p.linkRate)
+	st.Folds, st.FoldedFrames = int64(p.folds), int64(p.folded.Frames)
+	st.FoldBytesBefore, st.FoldBytesAfter = p.folded.Before, p.folded.After
 }
 
 // faultLocked says what is wrong, or nothing.

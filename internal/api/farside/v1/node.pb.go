@@ -1968,22 +1968,29 @@ func (x *ProcessServerReport) GetGroupTags() []*GroupTagResult {
 }
 
 type StreamStatus struct {
-	state           protoimpl.MessageState `protogen:"open.v1"`
-	MachineId       string                 `protobuf:"bytes,1,opt,name=machine_id,json=machineId,proto3" json:"machine_id,omitempty"`
-	Stored          *Position              `protobuf:"bytes,2,opt,name=stored,proto3" json:"stored,omitempty"`
-	StoredTimeNs    int64                  `protobuf:"varint,3,opt,name=stored_time_ns,json=storedTimeNs,proto3" json:"stored_time_ns,omitempty"`
-	Durable         *Position              `protobuf:"bytes,4,opt,name=durable,proto3" json:"durable,omitempty"`
-	DurableTimeNs   int64                  `protobuf:"varint,5,opt,name=durable_time_ns,json=durableTimeNs,proto3" json:"durable_time_ns,omitempty"`
-	BacklogBytes    int64                  `protobuf:"varint,6,opt,name=backlog_bytes,json=backlogBytes,proto3" json:"backlog_bytes,omitempty"`
-	BacklogAgeMs    int64                  `protobuf:"varint,7,opt,name=backlog_age_ms,json=backlogAgeMs,proto3" json:"backlog_age_ms,omitempty"` // age of the oldest frame that is not durable
-	AgentConnected  bool                   `protobuf:"varint,8,opt,name=agent_connected,json=agentConnected,proto3" json:"agent_connected,omitempty"`
-	TargetConnected bool                   `protobuf:"varint,9,opt,name=target_connected,json=targetConnected,proto3" json:"target_connected,omitempty"`
-	Error           string                 `protobuf:"bytes,10,opt,name=error,proto3" json:"error,omitempty"`
-	FramesReceived  int64                  `protobuf:"varint,11,opt,name=frames_received,json=framesReceived,proto3" json:"frames_received,omitempty"`
-	BytesReceived   int64                  `protobuf:"varint,12,opt,name=bytes_received,json=bytesReceived,proto3" json:"bytes_received,omitempty"`
-	BytesSent       int64                  `protobuf:"varint,13,opt,name=bytes_sent,json=bytesSent,proto3" json:"bytes_sent,omitempty"`
-	unknownFields   protoimpl.UnknownFields
-	sizeCache       protoimpl.SizeCache
+	state              protoimpl.MessageState `protogen:"open.v1"`
+	MachineId          string                 `protobuf:"bytes,1,opt,name=machine_id,json=machineId,proto3" json:"machine_id,omitempty"`
+	Stored             *Position              `protobuf:"bytes,2,opt,name=stored,proto3" json:"stored,omitempty"`
+	StoredTimeNs       int64                  `protobuf:"varint,3,opt,name=stored_time_ns,json=storedTimeNs,proto3" json:"stored_time_ns,omitempty"`
+	Durable            *Position              `protobuf:"bytes,4,opt,name=durable,proto3" json:"durable,omitempty"`
+	DurableTimeNs      int64                  `protobuf:"varint,5,opt,name=durable_time_ns,json=durableTimeNs,proto3" json:"durable_time_ns,omitempty"`
+	BacklogBytes       int64                  `protobuf:"varint,6,opt,name=backlog_bytes,json=backlogBytes,proto3" json:"backlog_bytes,omitempty"`
+	BacklogAgeMs       int64                  `protobuf:"varint,7,opt,name=backlog_age_ms,json=backlogAgeMs,proto3" json:"backlog_age_ms,omitempty"` // age of the oldest frame that is not durable
+	AgentConnected     bool                   `protobuf:"varint,8,opt,name=agent_connected,json=agentConnected,proto3" json:"agent_connected,omitempty"`
+	TargetConnected    bool                   `protobuf:"varint,9,opt,name=target_connected,json=targetConnected,proto3" json:"target_connected,omitempty"`
+	Error              string                 `protobuf:"bytes,10,opt,name=error,proto3" json:"error,omitempty"`
+	FramesReceived     int64                  `protobuf:"varint,11,opt,name=frames_received,json=framesReceived,proto3" json:"frames_received,omitempty"`
+	BytesReceived      int64                  `protobuf:"varint,12,opt,name=bytes_received,json=bytesReceived,proto3" json:"bytes_received,omitempty"`
+	BytesSent          int64                  `protobuf:"varint,13,opt,name=bytes_sent,json=bytesSent,proto3" json:"bytes_sent,omitempty"`
+	Behind             bool                   `protobuf:"varint,14,opt,name=behind,proto3" json:"behind,omitempty"`                                                       // the link has been slower than the changes
+	Compression        string                 `protobuf:"bytes,15,opt,name=compression,proto3" json:"compression,omitempty"`                                              // what the process server compresses by now
+	LinkBytesPerSecond int64                  `protobuf:"varint,16,opt,name=link_bytes_per_second,json=linkBytesPerSecond,proto3" json:"link_bytes_per_second,omitempty"` // that the link to the master target does, as far as seen; 0 = not known
+	Folds              int64                  `protobuf:"varint,17,opt,name=folds,proto3" json:"folds,omitempty"`                                                         // runs of the spool that were folded since the process server began
+	FoldedFrames       int64                  `protobuf:"varint,18,opt,name=folded_frames,json=foldedFrames,proto3" json:"folded_frames,omitempty"`                       // frames that were merged in them
+	FoldBytesBefore    int64                  `protobuf:"varint,19,opt,name=fold_bytes_before,json=foldBytesBefore,proto3" json:"fold_bytes_before,omitempty"`            // of the runs
+	FoldBytesAfter     int64                  `protobuf:"varint,20,opt,name=fold_bytes_after,json=foldBytesAfter,proto3" json:"fold_bytes_after,omitempty"`
+	unknownFields      protoimpl.UnknownFields
+	sizeCache          protoimpl.SizeCache
 }
 
 func (x *StreamStatus) Reset() {
@@ -2103,6 +2110,55 @@ func (x *StreamStatus) GetBytesReceived() int64 {
 func (x *StreamStatus) GetBytesSent() int64 {
 	if x != nil {
 		return x.BytesSent
+	}
+	return 0
+}
+
+func (x *StreamStatus) GetBehind() bool {
+	if x != nil {
+		return x.Behind
+	}
+	return false
+}
+
+func (x *StreamStatus) GetCompression() string {
+	if x != nil {
+		return x.Compression
+	}
+	return ""
+}
+
+func (x *StreamStatus) GetLinkBytesPerSecond() int64 {
+	if x != nil {
+		return x.LinkBytesPerSecond
+	}
+	return 0
+}
+
+func (x *StreamStatus) GetFolds() int64 {
+	if x != nil {
+		return x.Folds
+	}
+	return 0
+}
+
+func (x *StreamStatus) GetFoldedFrames() int64 {
+	if x != nil {
+		return x.FoldedFrames
+	}
+	return 0
+}
+
+func (x *StreamStatus) GetFoldBytesBefore() int64 {
+	if x != nil {
+		return x.FoldBytesBefore
+	}
+	return 0
+}
+
+func (x *StreamStatus) GetFoldBytesAfter() int64 {
+	if x != nil {
+		return x.FoldBytesAfter
 	}
 	return 0
 }
@@ -2648,7 +2704,7 @@ const file_farside_v1_node_proto_rawDesc = "" +
 	"\x0fdisk_free_bytes\x18\x04 \x01(\x03R\rdiskFreeBytes\x129\n" +
 	"\n" +
 	"group_tags\x18\n" +
-	" \x03(\v2\x1a.farside.v1.GroupTagResultR\tgroupTags\"\xfd\x03\n" +
+	" \x03(\v2\x1a.farside.v1.GroupTagResultR\tgroupTags\"\xfb\x05\n" +
 	"\fStreamStatus\x12\x1d\n" +
 	"\n" +
 	"machine_id\x18\x01 \x01(\tR\tmachineId\x12,\n" +
@@ -2665,7 +2721,14 @@ const file_farside_v1_node_proto_rawDesc = "" +
 	"\x0fframes_received\x18\v \x01(\x03R\x0eframesReceived\x12%\n" +
 	"\x0ebytes_received\x18\f \x01(\x03R\rbytesReceived\x12\x1d\n" +
 	"\n" +
-	"bytes_sent\x18\r \x01(\x03R\tbytesSent\"\xca\x01\n" +
+	"bytes_sent\x18\r \x01(\x03R\tbytesSent\x12\x16\n" +
+	"\x06behind\x18\x0e \x01(\bR\x06behind\x12 \n" +
+	"\vcompression\x18\x0f \x01(\tR\vcompression\x121\n" +
+	"\x15link_bytes_per_second\x18\x10 \x01(\x03R\x12linkBytesPerSecond\x12\x14\n" +
+	"\x05folds\x18\x11 \x01(\x03R\x05folds\x12#\n" +
+	"\rfolded_frames\x18\x12 \x01(\x03R\ffoldedFrames\x12*\n" +
+	"\x11fold_bytes_before\x18\x13 \x01(\x03R\x0ffoldBytesBefore\x12(\n" +
+	"\x10fold_bytes_after\x18\x14 \x01(\x03R\x0efoldBytesAfter\"\xca\x01\n" +
 	"\x12MasterTargetReport\x124\n" +
 	"\bmachines\x18\x01 \x03(\v2\x18.farside.v1.TargetStatusR\bmachines\x12,\n" +
 	"\x05views\x18\x02 \x03(\v2\x16.farside.v1.ViewStatusR\x05views\x12(\n" +

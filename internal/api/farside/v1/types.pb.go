@@ -779,7 +779,8 @@ type Span struct {
 	Last          *Position              `protobuf:"bytes,3,opt,name=last,proto3" json:"last,omitempty"`   // the last; of an epoch span, the only one
 	FirstTimeNs   int64                  `protobuf:"varint,4,opt,name=first_time_ns,json=firstTimeNs,proto3" json:"first_time_ns,omitempty"`
 	LastTimeNs    int64                  `protobuf:"varint,5,opt,name=last_time_ns,json=lastTimeNs,proto3" json:"last_time_ns,omitempty"`
-	Open          bool                   `protobuf:"varint,6,opt,name=open,proto3" json:"open,omitempty"` // no position within can be opened: the disks were being synced
+	Open          bool                   `protobuf:"varint,6,opt,name=open,proto3" json:"open,omitempty"`    // no position within can be opened: the disks were being synced
+	Reason        string                 `protobuf:"bytes,7,opt,name=reason,proto3" json:"reason,omitempty"` // why not every write can be opened: "sync", "link-behind"; "" if every one can
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -854,6 +855,13 @@ func (x *Span) GetOpen() bool {
 		return x.Open
 	}
 	return false
+}
+
+func (x *Span) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
 }
 
 // TagPoint is a tag in a machine's history.
@@ -1677,7 +1685,7 @@ const file_farside_v1_types_proto_rawDesc = "" +
 	"\x05Point\x120\n" +
 	"\bposition\x18\x01 \x01(\v2\x14.farside.v1.PositionR\bposition\x12\x17\n" +
 	"\atime_ns\x18\x02 \x01(\x03R\x06timeNs\x120\n" +
-	"\baccuracy\x18\x03 \x01(\x0e2\x14.farside.v1.AccuracyR\baccuracy\"\xe8\x01\n" +
+	"\baccuracy\x18\x03 \x01(\x0e2\x14.farside.v1.AccuracyR\baccuracy\"\x80\x02\n" +
 	"\x04Span\x120\n" +
 	"\baccuracy\x18\x01 \x01(\x0e2\x14.farside.v1.AccuracyR\baccuracy\x12*\n" +
 	"\x05first\x18\x02 \x01(\v2\x14.farside.v1.PositionR\x05first\x12(\n" +
@@ -1685,7 +1693,8 @@ const file_farside_v1_types_proto_rawDesc = "" +
 	"\rfirst_time_ns\x18\x04 \x01(\x03R\vfirstTimeNs\x12 \n" +
 	"\flast_time_ns\x18\x05 \x01(\x03R\n" +
 	"lastTimeNs\x12\x12\n" +
-	"\x04open\x18\x06 \x01(\bR\x04open\"\xe7\x01\n" +
+	"\x04open\x18\x06 \x01(\bR\x04open\x12\x16\n" +
+	"\x06reason\x18\a \x01(\tR\x06reason\"\xe7\x01\n" +
 	"\bTagPoint\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x129\n" +
