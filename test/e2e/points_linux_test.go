@@ -112,7 +112,7 @@ func (l *lab) replay(positions []*farsidev1.Position, times map[uint64]int64) {
 	if bad == 0 {
 		l.t.Error("with every 20th change dropped, no position was found to be bad: the judgement has no power")
 	}
-	l.t.Logf("negative control: %d of 10 positions bad without every 20th change", bad)
+	l.t.Logf("negative control: %d of %d positions bad without every 20th change", bad, len(positions)/3)
 }
 
 func (l *lab) replaySegment(name string, image io.WriterAt, drop bool, exactFrom dr.Seq, apply func(dr.Seq)) {
