@@ -26,6 +26,7 @@ postgresql|/usr/lib/postgresql|is started on recovered disks, and judges them
 mariadb-server|mariadbd|is frozen by its hook, and started on recovered disks
 shellcheck|shellcheck|checks the hooks that come with the program
 jq|jq|reads the answers of benchmarks and of the demo
+wine64|/usr/lib/wine/wine64|runs the agent for windows/amd64 (never as root)
 '
 ci_packages='
 clang|clang|regenerates the eBPF objects to prove that they are what the source says

@@ -3,6 +3,7 @@ package agent
 import (
 	"errors"
 	"fmt"
+	"path"
 	"path/filepath"
 	"time"
 
@@ -61,7 +62,7 @@ type PointsConfig struct {
 
 func (p *PointsConfig) check() error {
 	for _, d := range []string{p.Hooks, p.Run} {
-		if !filepath.IsAbs(d) {
+		if !filepath.IsAbs(d) && !path.IsAbs(d) { // Windows, which has no hooks, doesn't call the defaults absolute
 			return fmt.Errorf("points: %q is not an absolute path: %w", d, dr.ErrInvalid)
 		}
 	}

@@ -9,7 +9,10 @@ import (
 // dieWithParent lets the kernel kill cmd when the demo is killed, and keeps an interrupt from the terminal away
 // from it: the demo ends its processes in order.
 func dieWithParent(cmd *exec.Cmd) {
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Setpgid: true}
+	if cmd.SysProcAttr == nil {
+		cmd.SysProcAttr = &syscall.SysProcAttr{}
+	}
+	cmd.SysProcAttr.Pdeathsig, cmd.SysProcAttr.Setpgid = syscall.SIGKILL, true
 }
 
 // Terminate asks a process to end.
