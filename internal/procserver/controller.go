@@ -17,7 +17,7 @@ const (
 	patience    = 5 * time.Second        // a backlog that clears by itself in that time is not folded
 	foldLead    = 2 * time.Second        // of sending left before the run when it is folded
 	foldLeast   = time.Second            // of sending: less is not worth a fold
-	foldPause   = time.Second            // between two folds of a stream
+	foldPause   = time.Second            // between two folds of a stream, and between two cuts
 	frameTime   = time.Second / 2        // of sending that a merged frame takes, at most
 	spaceShare  = 0.5                    // of the spool's limit, from which on it is folded for room
 	spaceRun    = 0.125                  // of the spool's limit, that must be there to be folded then
@@ -68,6 +68,7 @@ type controller struct {
 	goodFrom time.Time // since when the age has been low
 	busyFrom time.Time // since when the link has had more to send than it could
 	foldedAt time.Time
+	cutAt    time.Time
 	useless  int64 // bytes foldable when folding gained nothing: wait for twice as much
 }
 
@@ -83,11 +84,14 @@ func (c *controller) next(m measures) settings {
 		c.last, c.since, c.levelAt, c.busyFrom = m, m.now, m.now, m.now
 	}
 	c.measure(m)
-	before := c.behind
 	c.judge(m)
 	c.last = m
 	c.chooseLevel(m)
-	s := settings{behind: c.behind, cut: c.behind && !before, level: c.level, frameData: c.frameData()}
+	s := settings{behind: c.behind, level: c.level, frameData: c.frameData()}
+	// At the first sign of lag, lest the segment that is being sent grows: it can't be folded.
+	if m.age >= aheadBelow && m.foldable == 0 && m.now.Sub(c.cutAt) >= foldPause {
+		s.cut, c.cutAt = true, m.now
+	}
 	if m.now.Sub(c.foldedAt) >= foldPause && c.shouldFold(m) {
 		s.fold, c.foldedAt = true, m.now
 	}
