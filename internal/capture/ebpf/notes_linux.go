@@ -157,3 +157,15 @@ func (n *notes) split(pos uint64) (place, losts uint64) {
 	}
 	return pos - k, k
 }
+
+// position returns the position of the event at a place of the ring that is not released.
+func (n *notes) position(place uint64) uint64 {
+	noticed := atomic.LoadUint64(&n.Noticed)
+	k := noticed
+	for ; k > 0 && k+maxLosts > noticed; k-- {
+		if n.place(k) <= place {
+			break
+		}
+	}
+	return place + k
+}

@@ -145,6 +145,9 @@ func TestSplit(t *testing.T) {
 			if p, k := n.split(place + losts); p != place || k != losts {
 				t.Errorf("place %d behind %d losts: got %d, %d", place, losts, p, k)
 			}
+			if last := losts == uint64(len(places)) || places[losts] > place; last && n.position(place) != place+losts {
+				t.Errorf("place %d behind %d losts: position %d", place, losts, n.position(place))
+			}
 		}
 	}
 	n = &notes{Noticed: 3 * maxLosts} // the table went round

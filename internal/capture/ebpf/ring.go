@@ -100,6 +100,11 @@ const (
 	kindZero    = 2
 	kindDiscard = 3
 	kindFlush   = 4
+	kindSoft    = 5
+
+	// softFailure is the kind of event of a captured write that failed, see softWrite. It
+	// is not handed over.
+	softFailure capture.EventKind = 255
 )
 
 // parseRecord makes an event of a record; Data points into it. Time is left as the
@@ -136,6 +141,8 @@ func parseRecord(rec []byte, disks []capture.Disk) (capture.Event, error) {
 		e.What = dr.Discard
 	case kindFlush:
 		e.Kind, e.Extent = capture.Flush, dr.Extent{Disk: d.ID}
+	case kindSoft:
+		e.Kind = softFailure
 	default:
 		return e, fmt.Errorf("ring record of kind %d: %w", h.kind, dr.ErrCorrupt)
 	}

@@ -30,7 +30,9 @@ const (
 	openAge = 30 * time.Second
 	// leakAge: a captured write of this age has completed unseen; it is only
 	// dropped to make room.
-	leakAge    = time.Minute
+	leakAge = time.Minute
+	// softAge is how long the submitter of a write that failed softly has for the next try.
+	softAge    = 2 * time.Second
 	settlePoll = 2 * time.Millisecond
 )
 
@@ -218,6 +220,46 @@ func flights(mem []byte, fn func(at int, f flight) error) error {
 func (s *source) forget(at int, f flight) {
 	place := word64(s.prog.flying[at*int(unsafe.Sizeof(f)):])
 	atomic.CompareAndSwapUint64(place, f.Bio, 0) // if it fails, it has ended
+}
+
+// noteSoft takes over a record about a captured write that failed softly; it lies at pos.
+func (s *source) noteSoft(x dr.Extent, pos uint64) {
+	s.lost.Lock()
+	defer s.lost.Unlock()
+	s.soft.add(softWrite{x, monotonic() + uint64(softAge), pos})
+}
+
+// coverSoft takes over that x was captured again.
+func (s *source) coverSoft(x dr.Extent) {
+	if len(s.soft.list) == 0 { // only Next, which calls this, changes it
+		return
+	}
+	s.lost.Lock()
+	defer s.lost.Unlock()
+	s.soft.cover(x)
+}
+
+// checkSoft overflows if the next try of a write did not come.
+func (s *source) checkSoft() error {
+	if !s.soft.due(monotonic()) {
+		return nil
+	}
+	s.Overflow()
+	return s.markSoft()
+}
+
+// markSoft puts what failed softly and was not written again into the dirty set. A
+// Lost is due: nothing is taken from the set before it.
+func (s *source) markSoft() error {
+	s.lost.Lock()
+	defer s.lost.Unlock()
+	for _, w := range s.soft.list {
+		if err := s.bitmap.Mark(w.extent); err != nil {
+			return err
+		}
+	}
+	s.soft.list = nil
+	return nil
 }
 
 // markFlight puts what f wrote into the dirty set.

@@ -38,6 +38,7 @@ type source struct {
 	started  atomic.Bool // Next was called
 
 	lost sync.Mutex // guards the places of Lost events in the notes, and what is released
+	soft softWrites // guarded by lost; only Next changes it
 
 	life struct {
 		sync.Mutex
@@ -311,11 +312,17 @@ func (s *source) Next(ctx context.Context, wait time.Duration, fn func(capture.E
 	}
 	defer s.leave()
 	s.started.Store(true)
+	if err := s.checkSoft(); err != nil {
+		return 0, err
+	}
 	deadline := time.Now().Add(wait)
 	for pause := firstPause(s.opts.RingBytes); ; pause = min(pause+pause/8, pollLong) {
 		n, err := s.batch(fn)
 		if n > 0 || err != nil {
 			return n, err
+		}
+		if err := s.checkSoft(); err != nil {
+			return 0, err
 		}
 		s.sweep()
 		left := time.Until(deadline)
@@ -377,9 +384,8 @@ func (s *source) batch(fn func(capture.Event) error) (n int, err error) {
 	clock := time.Now().UnixNano() - int64(monotonic())
 	for size := 0; size < capture.MaxBatch; {
 		if s.lostHere(r.pos) {
-			err := fn(capture.Event{Kind: capture.Lost, Time: time.Now().UnixNano()})
-			s.emitted.Add(1)
-			if n++; err != nil {
+			n++
+			if err := s.handLost(fn); err != nil {
 				return n, err
 			}
 		}
@@ -390,12 +396,15 @@ func (s *source) batch(fn func(capture.Event) error) (n int, err error) {
 			}
 			return n, nil
 		}
-		e, err := parseRecord(rec, s.disks)
+		e, err := s.take(rec)
 		if err != nil {
 			return n, err
 		}
-		e.Time += clock
 		size += len(rec)
+		if e.Kind == softFailure {
+			continue
+		}
+		e.Time += clock
 		n++
 		err = fn(e)
 		s.consumed.Store(r.pos)
@@ -408,6 +417,29 @@ func (s *source) batch(fn func(capture.Event) error) (n int, err error) {
 		}
 	}
 	return n, nil
+}
+
+// take makes an event of a record, and notes which writes failed softly.
+func (s *source) take(rec []byte) (capture.Event, error) {
+	e, err := parseRecord(rec, s.disks)
+	switch {
+	case err != nil:
+	case e.Kind == softFailure:
+		s.noteSoft(e.Extent, s.Consumed())
+	case e.Kind == capture.Change:
+		s.coverSoft(e.Extent)
+	}
+	return e, err
+}
+
+// handLost hands over a Lost.
+func (s *source) handLost(fn func(capture.Event) error) error {
+	err := s.markSoft() // the tries that are waited for are not captured any more
+	if err == nil {
+		err = fn(capture.Event{Kind: capture.Lost, Time: time.Now().UnixNano()})
+	}
+	s.emitted.Add(1)
+	return err
 }
 
 // lostHere reports whether a Lost belongs before the record at pos.

@@ -73,6 +73,29 @@ func (s survivor) Rewind(pos uint64) error {
 	if !s.prog.ring.begins(from, place) {
 		return fmt.Errorf("rewind to %d: no event begins there: %w", pos, dr.ErrInvalid)
 	}
+	return s.skipTo(from, place, losts)
+}
+
+// skipTo goes over the records from one place to another, for what they say of writes
+// that failed.
+func (s survivor) skipTo(from, place, losts uint64) error {
+	s.soft.list = nil
+	r := s.prog.ring
+	for r.pos = from; r.pos < place; {
+		at := r.pos
+		rec := r.next()
+		if rec == nil {
+			break
+		}
+		switch e, err := parseRecord(rec, s.disks); {
+		case err != nil:
+			return err
+		case e.Kind == softFailure:
+			s.soft.add(softWrite{e.Extent, monotonic() + uint64(softAge), s.notes().position(at)})
+		case e.Kind == capture.Change:
+			s.soft.cover(e.Extent)
+		}
+	}
 	s.standAt(place, losts)
 	return nil
 }
@@ -109,7 +132,7 @@ func (s *source) release(pos uint64) {
 	if n.Noticed > 0 && overflows(atomic.LoadUint32(s.state)) == n.Noticed && atomic.LoadUint32(s.state)%2 == 1 {
 		pos = min(pos, n.place(n.Noticed)+n.Noticed-1)
 	}
-	if pos <= n.Floor || pos > s.Consumed() {
+	if pos = s.soft.hold(pos); pos <= n.Floor || pos > s.Consumed() {
 		return
 	}
 	// In this order: what the kernel was told is free may be overwritten.

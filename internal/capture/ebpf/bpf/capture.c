@@ -113,7 +113,7 @@ struct {
 	map_type(value, struct counters);
 } counts SEC(".maps");
 
-enum { KIND_DATA = 1, KIND_ZERO, KIND_DISCARD, KIND_FLUSH };
+enum { KIND_DATA = 1, KIND_ZERO, KIND_DISCARD, KIND_FLUSH, KIND_SOFT };
 
 // What a ring record begins with; ring.go reads it.
 struct header {
@@ -539,10 +539,20 @@ int on_queue(u64 *ctx)
 
 // grave says whether a failed write needs an overflow: the copy may hold what the disk
 // refused. Not if nothing was done and the submitter tries again, by another
-// operation or with more patience; to read the range again is enough then.
+// operation or with more patience: user space sees that in the ring, or overflows.
 static int grave(int error)
 {
 	return error && error != STATUS_NOTSUPP && error != STATUS_AGAIN && error != ERROR_NOTSUPP && error != ERROR_AGAIN;
+}
+
+// note_soft puts the failure of a captured write into the ring; it returns 0 if it is
+// there.
+static int note_soft(u32 dev, u64 from, u64 n)
+{
+	u32 i = find(dev, from, from + (n >> 9));
+	if (i >= MAX_DISKS || from < watches[i].start)
+		return 1;
+	return copy_head(KIND_SOFT, i, (from - watches[i].start) << 9, n, bpf_ktime_get_ns());
 }
 
 // touch_down handles n completed bytes of a write that is known under key.
@@ -560,6 +570,11 @@ static int touch_down(struct control *c, u64 key, u64 from, u64 n, int error)
 		overflow(c, state);
 	} else if (grave(error)) {
 		overflow(c, state);
+	} else if (error && !old) {
+		if (note_soft(f->dev, from, n))
+			overflow(c, state);
+		else
+			error = 0;
 	}
 	if (old || error) // after the overflow: who takes the mark can see that a Lost is due
 		mark(f->dev, from, from + (n >> 9), 0);
