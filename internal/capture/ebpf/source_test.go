@@ -7,7 +7,6 @@ import (
 	"context"
 	"errors"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -417,16 +416,28 @@ func TestReadAtLargeBlocks(t *testing.T) {
 	}
 }
 
-func TestRefuse(t *testing.T) {
-	loop := newLoop(t, 1<<20)
-	detached := ""
-	for i := 200; i < 256 && detached == ""; i++ {
-		name := "/dev/loop" + strconv.Itoa(i)
-		if err := exec.Command("mknod", name, "b", "7", strconv.Itoa(i)).Run(); err == nil {
-			detached = name
-			t.Cleanup(func() { os.Remove(name) })
+// detachedLoop makes a loop device that has no file, and takes the device itself away
+// afterwards: without its node it would be in the way of whoever asks for a free one.
+func detachedLoop(t *testing.T) string {
+	t.Helper()
+	control, err := os.OpenFile("/dev/loop-control", os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { control.Close() })
+	for i := 200; i < 256; i++ {
+		if unix.IoctlSetInt(int(control.Fd()), unix.LOOP_CTL_ADD, i) == nil {
+			t.Cleanup(func() { _ = unix.IoctlSetInt(int(control.Fd()), unix.LOOP_CTL_REMOVE, i) })
+			return "/dev/loop" + strconv.Itoa(i)
 		}
 	}
+	t.Fatal("no number for a loop device is left")
+	return ""
+}
+
+func TestRefuse(t *testing.T) {
+	loop := newLoop(t, 1<<20)
+	detached := detachedLoop(t)
 	file := filepath.Join(t.TempDir(), "file")
 	if err := os.WriteFile(file, make([]byte, 4096), 0o600); err != nil {
 		t.Fatal(err)
