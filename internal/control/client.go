@@ -51,6 +51,7 @@ type Client struct {
 	id      *transport.Identity
 	dialer  *api.Dialer
 	poke    chan struct{} // asks Report to report at once
+	disk    *keeper
 
 	mu struct {
 		sync.Mutex
@@ -77,6 +78,9 @@ func Open(o Options) (*Client, error) {
 		c.version = buildVersion()
 	}
 	c.started = c.now()
+	c.disk = &keeper{failed: func(name string, err error) {
+		c.log.Error("can't keep a file, a restart will find an older one", "file", name, "error", err)
+	}}
 	var err error
 	if c.id, err = transport.LoadIdentity(o.DataDir, c.now); err != nil {
 		return nil, fmt.Errorf("open control in %s: %w", o.DataDir, err)
@@ -123,8 +127,10 @@ func (c *Client) setApplied(revision uint64) {
 	c.mu.applied = revision
 }
 
-// Close ends the client's idle connections.
+// Close ends the client's idle connections, and waits a little for what is still to be
+// written to disk.
 func (c *Client) Close() error {
+	c.disk.close()
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.mu.http.CloseIdleConnections()
@@ -226,13 +232,14 @@ func saveAssignment(dir string, a *farsidev1.Assignment) error {
 	return nil
 }
 
-// accept takes over a new assignment: on disk first, so that a restart knows it too.
+// accept takes over a new assignment: on disk first, so that a restart knows it too, unless
+// the disk makes it wait.
 func (c *Client) accept(a *farsidev1.Assignment) {
 	if len(a.GetConfigServers()) == 0 {
 		a = proto.CloneOf(a)
 		a.ConfigServers = c.Assignment().GetConfigServers()
 	}
-	if err := saveAssignment(c.dir, a); err != nil {
+	if err := c.disk.keep(assignmentFile, func() error { return saveAssignment(c.dir, a) }); err != nil {
 		// Working by it matters more than knowing it after a restart.
 		c.log.Error("can't keep the assignment on disk", "error", err)
 	}

@@ -131,7 +131,7 @@ func (c *Client) Renew(ctx context.Context) error {
 	}
 	c.connect()
 	// If it can't be kept, a restart uses the old one, which is still good for a while.
-	if err := c.id.Save(c.dir); err != nil {
+	if err := c.saveIdentity(); err != nil {
 		return fmt.Errorf("keep renewed certificate: %w", err)
 	}
 	c.log.Info("renewed the certificate", "expires", c.id.Expires())
@@ -146,9 +146,13 @@ func (c *Client) trust(authorities [][]byte) {
 	err := c.id.Trust(authorities)
 	if err == nil {
 		c.connect()
-		err = c.id.Save(c.dir)
+		err = c.saveIdentity()
 	}
 	if err != nil {
 		c.log.Error("can't take over new authorities", "error", err)
 	}
+}
+
+func (c *Client) saveIdentity() error {
+	return c.disk.keep(transport.IdentityFile, func() error { return c.id.Save(c.dir) })
 }
