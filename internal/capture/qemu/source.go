@@ -109,8 +109,9 @@ func (s *Source) attach(ctx context.Context, disks []capture.Disk, queue int64) 
 	if err := s.ready(ctx); err != nil {
 		return err
 	}
-	// A transaction begins with a drain of all disks, also one without actions. What was in flight
-	// when the mirrors began is on the images behind it.
+	// The start of a mirror drains its disk, but the mirror repeats writes from a little later on. A
+	// transaction begins with a drain of all disks, also one without actions: what came between is on
+	// the images behind it.
 	if err := s.monitor.Run(ctx, "transaction", map[string]any{"actions": []any{}}, nil); err != nil {
 		return fmt.Errorf("drain the guest's disks: %w", err)
 	}

@@ -29,6 +29,7 @@ type machine struct {
 	cmd     *exec.Cmd
 	dir     string
 	images  []string
+	slow    bool // writes are held back inside of QEMU, 32 KiB a second
 	control *Monitor
 	gone    chan struct{}
 }
@@ -38,8 +39,14 @@ func (m *machine) disk(i int) string { return fmt.Sprintf("drive%d", i+1) }
 // start starts a QEMU with raw images of the given sizes.
 func start(t *testing.T, sizes ...int64) *machine {
 	t.Helper()
+	return (&machine{t: t}).start(sizes...)
+}
+
+func (m *machine) start(sizes ...int64) *machine {
+	t := m.t
+	t.Helper()
 	testenv.NeedTool(t, "qemu-system-x86_64")
-	m := &machine{t: t, dir: shortDir(t)}
+	m.dir = shortDir(t)
 	for i, size := range sizes {
 		path := filepath.Join(m.dir, fmt.Sprintf("image%d", i))
 		if err := os.WriteFile(path, nil, 0o600); err != nil {
@@ -61,8 +68,15 @@ func (m *machine) boot() {
 	for _, name := range []string{"agent", "test"} {
 		args = append(args, "-qmp", "unix:"+filepath.Join(m.dir, name)+",server=on,wait=off")
 	}
+	if m.slow {
+		args = append(args, "-object", "throttle-group,id=slow,x-bps-write=32768")
+	}
 	for i, path := range m.images {
-		args = append(args, "-drive", fmt.Sprintf("if=none,id=%s,file=%s,format=raw,discard=unmap", m.disk(i), path),
+		drive := "format=raw,discard=unmap,file=" + path
+		if m.slow {
+			drive = "driver=throttle,throttle-group=slow,file.driver=raw,file.file.driver=file,file.file.filename=" + path
+		}
+		args = append(args, "-drive", fmt.Sprintf("if=none,id=%s,%s", m.disk(i), drive),
 			"-device", "virtio-blk-pci,drive="+m.disk(i))
 	}
 	m.cmd = exec.Command("qemu-system-x86_64", args...)
@@ -208,6 +222,33 @@ func TestMirrorIsAStream(t *testing.T) {
 	}
 	if st := s.Stats(); st.Mode != capture.ModeData || !st.Settled || st.Detached || st.Overflows != 0 {
 		t.Errorf("stats: %+v", st)
+	}
+}
+
+// TestInFlightAtOpen: a write that was submitted before the mirror stood, and lands late, is not lost.
+func TestInFlightAtOpen(t *testing.T) {
+	m := (&machine{t: t, slow: true}).start(4 << 20)
+	m.must(0, "write -P 1 0 32k") // uses up what goes at once
+	m.must(0, "aio_write -P 2 1M 128k")
+	p := make([]byte, 128<<10)
+	copy(p, m.image(0)[1<<20:])
+	if p[len(p)-1] != 0 {
+		t.Skip("the write was not held back")
+	}
+	s := open(t, m.guest(), 0)
+	images := map[dr.DiskID][]byte{3: make([]byte, 4<<20)}
+	if _, err := s.ReadAt(images[3], 3, 0); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(100 * time.Millisecond)
+	replay(t, s, images)
+	m.must(0, "aio_flush")
+	replay(t, s, images)
+	if !bytes.Equal(images[3], m.image(0)) {
+		t.Error("the write in flight is missing")
+	}
+	if images[3][1<<20+100] != 2 {
+		t.Error("the write is nowhere")
 	}
 }
 
