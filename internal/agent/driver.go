@@ -98,7 +98,7 @@ func (d *drivers) open(disks []capture.Disk, driver string, ring int64) (opened,
 	case driverEBPF:
 		src, err := ebpf.Open(disks, ebpf.Options{RingBytes: ring})
 		if err != nil {
-			return opened{}, fmt.Errorf("capture with ebpf: %w", err)
+			return opened{}, fmt.Errorf("capture with ebpf: %w", hint(err))
 		}
 		return checked(opened{src: src, driver: driver}, disks)
 	case driverTap:
@@ -112,7 +112,7 @@ func (d *drivers) open(disks []capture.Disk, driver string, ring int64) (opened,
 	case driverQEMU:
 		src, err := d.openQEMU(disks, ring)
 		if err != nil {
-			return opened{}, fmt.Errorf("capture a guest of qemu: %w", err)
+			return opened{}, fmt.Errorf("capture a guest of qemu: %w", hint(err))
 		}
 		return checked(opened{src: src, driver: driver}, disks)
 	case driverScan:
@@ -122,7 +122,7 @@ func (d *drivers) open(disks []capture.Disk, driver string, ring int64) (opened,
 		}
 		return checked(opened{src: src, driver: driver}, disks)
 	}
-	return opened{}, fmt.Errorf("capture driver %q: %w", driver, dr.ErrUnsupported)
+	return opened{}, hint(fmt.Errorf("capture driver %q: %w", driver, dr.ErrUnsupported))
 }
 
 // choose returns the driver that fits the disks.

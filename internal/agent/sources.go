@@ -163,3 +163,22 @@ func (d *drivers) offered() []found {
 	}
 	return out
 }
+
+// driversOf returns the drivers that a system has, for people.
+func driversOf(goos, goarch string) string {
+	switch {
+	case goos == "linux" && goarch == "amd64":
+		return "ebpf, tap, qemu, scan"
+	case goos == "linux":
+		return "tap, qemu, scan"
+	}
+	return "tap, scan"
+}
+
+// hint says which drivers there are if err says that one is not.
+func hint(err error) error {
+	if errors.Is(err, dr.ErrUnsupported) {
+		return fmt.Errorf("%w; drivers for %s/%s: %s", err, runtime.GOOS, runtime.GOARCH, driversOf(runtime.GOOS, runtime.GOARCH))
+	}
+	return err
+}

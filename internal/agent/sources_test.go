@@ -164,3 +164,21 @@ func TestReplicateScan(t *testing.T) {
 		t.Errorf("open of nothing: %v", err)
 	}
 }
+
+func TestHint(t *testing.T) {
+	for system, want := range map[[2]string]string{
+		{"linux", "amd64"}: "ebpf", {"linux", "arm64"}: "qemu", {"windows", "amd64"}: "tap, scan",
+	} {
+		if got := driversOf(system[0], system[1]); !strings.Contains(got, want) || (want != "ebpf" && strings.Contains(got, "ebpf")) {
+			t.Errorf("%v: %s", system, got)
+		}
+	}
+	d := &drivers{}
+	_, err := d.open([]capture.Disk{{ID: 1, Path: "/x"}}, "magic", 0)
+	if !errors.Is(err, dr.ErrUnsupported) || !strings.Contains(err.Error(), "drivers for") {
+		t.Errorf("unknown driver: %v", err)
+	}
+	if err := hint(dr.ErrNotFound); err != dr.ErrNotFound { //nolint:errorlint // must be untouched
+		t.Errorf("another error: %v", err)
+	}
+}
