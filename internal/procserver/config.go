@@ -23,6 +23,11 @@ type Config struct {
 	Spool string `yaml:"spool"`
 	// SpoolLimit bounds the spool of each machine; at least 256 MiB. Default 8 GiB.
 	SpoolLimit dr.Size `yaml:"spool_limit"`
+	// SpoolTotal bounds all spools together. Default: no bound but SpoolReserve.
+	SpoolTotal dr.Size `yaml:"spool_total"`
+	// SpoolReserve is what stays free on the disk of the spool. Default: a
+	// twentieth of the disk, at most 1 GiB; 0 keeps nothing free.
+	SpoolReserve *dr.Size `yaml:"spool_reserve"`
 	// Version is the program's, for reports; the program sets it.
 	Version string `yaml:"-"`
 }
@@ -67,5 +72,16 @@ func (c *Config) check() error {
 	if c.SpoolLimit < minSpoolLimit {
 		return fmt.Errorf("spool_limit: %v is less than %v: %w", c.SpoolLimit, dr.Size(minSpoolLimit), dr.ErrInvalid)
 	}
+	if c.SpoolTotal != 0 && c.SpoolTotal < minSpoolLimit {
+		return fmt.Errorf("spool_total: %v is less than %v: %w", c.SpoolTotal, dr.Size(minSpoolLimit), dr.ErrInvalid)
+	}
 	return nil
+}
+
+// reserve returns the bytes to be kept free on a disk of so many.
+func (c *Config) reserve(disk int64) int64 {
+	if c.SpoolReserve != nil {
+		return int64(*c.SpoolReserve)
+	}
+	return min(disk/20, 1<<30)
 }

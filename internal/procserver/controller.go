@@ -89,7 +89,7 @@ func (c *controller) next(m measures) settings {
 	c.chooseLevel(m)
 	s := settings{behind: c.behind, level: c.level, frameData: c.frameData()}
 	// At the first sign of lag, lest the segment that is being sent grows: it can't be folded.
-	if m.age >= aheadBelow && m.foldable == 0 && m.now.Sub(c.cutAt) >= foldPause {
+	if m.age >= aheadBelow && m.ahead > 0 && m.foldable == 0 && m.now.Sub(c.cutAt) >= foldPause {
 		s.cut, c.cutAt = true, m.now
 	}
 	if m.now.Sub(c.foldedAt) >= foldPause && c.shouldFold(m) {

@@ -528,7 +528,7 @@ func TestConfig(t *testing.T) {
 	}
 	for text, want := range map[string]string{
 		"data: /d\nlisten: 127.0.0.1:0\nspol: x\n": "spol", "listen: a:1\n": "data", "data: /d\nlisten: nowhere\n": "listen",
-		"data: /d\nlisten: a:1\nspool_limit: 1MiB\n": "spool_limit", "data: /d\nlisten: :1\n": "advertise", "data: /d\nlisten: 0.0.0.0:1\n": "advertise", "data: /d\nlisten: '[::]:1'\n": "advertise",
+		"data: /d\nlisten: a:1\nspool_limit: 1MiB\n": "spool_limit", "data: /d\nlisten: a:1\nspool_total: 1MiB\n": "spool_total", "data: /d\nlisten: :1\n": "advertise", "data: /d\nlisten: 0.0.0.0:1\n": "advertise", "data: /d\nlisten: '[::]:1'\n": "advertise",
 		"data: /d\nlisten: a:1\nadvertise: b\n": "advertise", "data: /d\nlisten: a:1\nspool_limit: lots\n": "lots",
 	} {
 		if _, err := write(text); !errors.Is(err, dr.ErrInvalid) || !strings.Contains(err.Error(), want) {

@@ -45,6 +45,9 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger) error {
 		return errors.Join(fmt.Errorf("process server: %w", err), listener.Close())
 	}
 	s := newServer(vfs.OS(), cfg.Spool, int64(cfg.SpoolLimit), dialTarget(id), log)
+	s.total = int64(cfg.SpoolTotal)
+	disk, _ := vfs.Space(vfs.OS(), cfg.Spool)
+	s.room.SetFloor(cfg.reserve(disk))
 	advertise := cfg.Advertise
 	if advertise == "" {
 		advertise = listener.Addr().String()

@@ -1,6 +1,7 @@
 package procserver
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -28,6 +29,8 @@ type server struct {
 	fs    vfs.FS
 	dir   string
 	limit int64 // bytes of each spool
+	total int64 // bytes of all, unless the assignment says otherwise; 0 means no bound
+	room  spool.Budget
 	env   env
 	log   *slog.Logger
 	links link.Server
@@ -133,6 +136,7 @@ func (s *server) applyAssigned(ctx context.Context) {
 		}
 		want[r.machine] = r
 	}
+	s.room.SetTotal(cmp.Or(s.assigned.GetLimits().GetTotalBytes(), s.total))
 	s.endOthers(want)
 	before := s.failed
 	s.failed = false
@@ -191,13 +195,19 @@ func (s *server) begin(ctx context.Context, r route, limit int64) error {
 		limit = s.limit
 	}
 	dir := path.Join(s.dir, r.machine.String())
-	o := spool.Options{Limit: limit}
+	o := spool.Options{Limit: limit, Budget: &s.room}
 	sp, err := spool.Open(s.fs, dir, o)
 	if errors.Is(err, dr.ErrCorrupt) {
 		sp, err = s.setAside(dir, o, err)
 	}
 	if err != nil {
 		return err
+	}
+	if at, lost := sp.Lost(); lost {
+		c, _ := sp.Cursor()
+		s.notice("spool-lost", pb.Severity_SEVERITY_ERROR, fmt.Sprintf(
+			"machine %v: the spool ends at %v, though frames up to %v had been acknowledged; its disk has lost them, and the machine sends again what is missing",
+			r.machine, c.Position, at))
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	run := &running{cancel: cancel, done: make(chan struct{})}
@@ -295,6 +305,9 @@ func (s *server) report() *pb.Report {
 		work.Streams = append(work.Streams, r.status(sp, time.Now(), s.links.Connected(r.machine)))
 		work.SpoolUsedBytes += sp.Bytes
 		work.SpoolLimitBytes += sp.Limit
+	}
+	if total := s.room.Total(); total > 0 {
+		work.SpoolLimitBytes = min(work.SpoolLimitBytes, total)
 	}
 	return &pb.Report{Notices: notices, Work: &pb.Report_ProcessServer{ProcessServer: work}}
 }

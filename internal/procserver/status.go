@@ -43,8 +43,12 @@ func (s *stream) faultLocked(sp spool.Status) (text string) {
 	case !s.mu.ready:
 		text = "waiting for the master target to say where the stream stands"
 	}
-	if sp.Full {
-		full := fmt.Sprintf("the spool is full with %v: the agent is held back", dr.Size(sp.Bytes))
+	if sp.Full != spool.NoBound {
+		full := map[spool.Bound]string{
+			spool.OwnLimit:   fmt.Sprintf("the spool is full with %v", dr.Size(sp.Bytes)),
+			spool.TotalLimit: "all spools together are full",
+			spool.DiskFloor:  "the disk of the spool is full but for its reserve",
+		}[sp.Full] + ": the agent is held back"
 		if text == "" {
 			return full
 		}

@@ -227,3 +227,51 @@ func TestBeginsLater(t *testing.T) {
 		})
 	})
 }
+
+// The total of all spools that the assignment names holds agents back, and a spool that
+// comes back with less than it had acknowledged is a notice.
+func TestTotalAndLostPromises(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newSite(t)
+		var cut atomic.Bool
+		s.cut = cut.Load
+		a := &agent{frames: frames(t, origin, 400)}
+		s.during(t.Context(), nil, func(*server) { time.Sleep(time.Second) })
+		cut.Store(true)
+		s.during(t.Context(), []*agent{a}, func(srv *server) {
+			full := assignment()
+			full.Limits = &pb.SpoolLimits{TotalBytes: 8000}
+			srv.assign(t.Context(), full)
+			time.Sleep(time.Minute)
+			if st := status(srv); !strings.Contains(st.Error, "all spools together") || st.Stored.Seq == 400 || st.BacklogBytes == 0 {
+				t.Errorf("status %v", st)
+			}
+			srv.assign(t.Context(), assignment())
+			time.Sleep(time.Minute)
+			if st := status(srv); st.Stored.Seq != 400 {
+				t.Errorf("without the bound: %v", st)
+			}
+		})
+		dir := "/spool/" + machine.String()
+		names, err := s.fs.List(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		f, err := s.fs.OpenFile(dir + "/" + names[0])
+		if err != nil {
+			t.Fatal(err)
+		}
+		size, err := f.Size()
+		if err := errors.Join(err, f.Truncate(size-10), f.Close()); err != nil {
+			t.Fatal(err)
+		}
+		cut.Store(false)
+		s.during(t.Context(), []*agent{a}, func(srv *server) {
+			if n := srv.report().Notices; len(n) != 1 || n[0].Code != "spool-lost" {
+				t.Errorf("notices %v", n)
+			}
+			waitDurable(t, a)
+		})
+		checkTarget(t, s.target, a.frames)
+	})
+}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"path"
+	"time"
 
 	"farside/internal/dr"
 	"farside/internal/frame"
@@ -39,18 +40,9 @@ func (s *Spool) waitRoom(ctx context.Context, n int64) error {
 		if err := s.trimAppending(); err != nil {
 			return err
 		}
-		s.mu.Lock()
-		room := s.opts.Limit == 0 || s.bytesLocked()+n <= s.opts.Limit || s.emptyLocked()
-		changed, closed, broken := s.mu.changed, s.mu.closed, s.mu.broken
-		s.mu.waiting = !room && !closed && !broken
-		s.mu.Unlock()
-		switch {
-		case closed:
-			return fmt.Errorf("spool is closed: %w", dr.ErrInvalid)
-		case broken:
-			return errBroken
-		case room:
-			return nil
+		bound, changed, err := s.room(n)
+		if err != nil || bound == NoBound {
+			return err
 		}
 		// What is to be forwarded must be synced first, or nothing makes room.
 		if err := s.sync(); err != nil {
@@ -62,15 +54,54 @@ func (s *Spool) waitRoom(ctx context.Context, n int64) error {
 			}
 			continue
 		}
-		select {
-		case <-changed:
-		case <-ctx.Done():
-			s.mu.Lock()
-			defer s.mu.Unlock()
-			s.mu.waiting = false
-			return fmt.Errorf("%w: %w", dr.ErrFull, context.Cause(ctx))
+		if err := s.await(ctx, bound, changed); err != nil {
+			return err
 		}
 	}
+}
+
+// room reports what keeps n more bytes out, and the channel that tells of changes.
+func (s *Spool) room(n int64) (Bound, <-chan struct{}, error) {
+	s.mu.Lock()
+	empty := s.emptyLocked()
+	own := s.opts.Limit == 0 || s.bytesLocked()+n <= s.opts.Limit || empty
+	changed, closed, broken := s.mu.changed, s.mu.closed, s.mu.broken
+	s.mu.Unlock()
+	bound := OwnLimit
+	if own {
+		bound = s.opts.Budget.allows(s, n, empty)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.mu.waiting = NoBound
+	switch {
+	case closed:
+		return bound, nil, fmt.Errorf("spool is closed: %w", dr.ErrInvalid)
+	case broken:
+		return bound, nil, errBroken
+	}
+	s.mu.waiting = bound
+	return bound, changed, nil
+}
+
+// await waits for a change, or a little: a bound that is shared goes without one.
+func (s *Spool) await(ctx context.Context, bound Bound, changed <-chan struct{}) error {
+	var poll <-chan time.Time
+	if bound != OwnLimit {
+		t := time.NewTimer(budgetPoll)
+		defer t.Stop()
+		poll = t.C
+	}
+	select {
+	case <-changed:
+	case <-poll:
+	case <-ctx.Done():
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		s.mu.waiting = NoBound
+		return fmt.Errorf("%w: %w", dr.ErrFull, context.Cause(ctx))
+	}
+	return nil
 }
 
 func (s *Spool) emptyLocked() bool {
@@ -145,10 +176,17 @@ func (s *Spool) Sync() error {
 	s.mu.Lock()
 	broken := s.mu.broken
 	s.mu.Unlock()
+	work := s.sync
 	if broken {
-		return s.heal()
+		work = s.heal
 	}
-	return s.sync()
+	if err := work(); err != nil {
+		return err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.noteLocked()
+	return nil
 }
 
 func (s *Spool) sync() error {

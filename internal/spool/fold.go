@@ -38,6 +38,7 @@ type run struct {
 	parts []*part
 	start frame.Cursor
 	end   dr.Seq
+	size  int64 // bytes
 	era   int
 }
 
@@ -65,6 +66,9 @@ func (s *Spool) Fold(ctx context.Context, o FoldOptions) (Folded, error) {
 		return Folded{}, nil
 	}
 	defer s.unclaim()
+	if !s.opts.Budget.allowsFold(s, r.size) {
+		return Folded{}, nil
+	}
 	done, next, err := s.merge(ctx, r, o)
 	if err == nil && next != nil {
 		err = s.replace(r, next)
@@ -127,7 +131,7 @@ func (s *Spool) claim(limit int64) *run {
 	if n == 0 || n == 1 && all[0].folded {
 		return nil
 	}
-	r := &run{parts: all[:n:n], start: all[0].reader.Start(), end: all[n-1].reader.End().Position.Seq, era: s.mu.era}
+	r := &run{parts: all[:n:n], start: all[0].reader.Start(), end: all[n-1].reader.End().Position.Seq, size: size, era: s.mu.era}
 	s.mu.fold = r
 	return r
 }

@@ -31,8 +31,9 @@ import (
 
 // Options bound a spool.
 type Options struct {
-	Limit       int64 // bytes of all segments; 0 means no limit
-	SegmentSize int64 // bytes after which a segment is sealed; 0 means 64 MiB, less under a low limit
+	Limit       int64   // bytes of all segments; 0 means no limit
+	Budget      *Budget // shared with other spools; nil means none
+	SegmentSize int64   // bytes after which a segment is sealed; 0 means 64 MiB, less under a low limit
 }
 
 const (
@@ -48,6 +49,8 @@ type Spool struct {
 	opts Options
 	lock io.Closer
 
+	promise vfs.File // once it was written; guarded by mu
+
 	appending sync.Mutex // one Append, Reset or roll at a time
 	syncing   sync.Mutex // one Sync or roll at a time
 	folding   sync.Mutex // one Fold at a time; taken before the others
@@ -61,7 +64,9 @@ type Spool struct {
 		durableTime int64         // UTC ns of that frame; 0 if not known
 		changed     chan struct{} // closed when something is synced, trimmed or reset
 		era         int           // counts resets
-		waiting     bool          // an Append waits for room
+		waiting     Bound         // an Append waits for room
+		noted       frame.Cursor  // what the promise says
+		lost        dr.Position   // promised before the spool was opened, and not there
 		broken      bool          // heal must come first
 		closed      bool
 
@@ -101,9 +106,10 @@ func Open(fsys vfs.FS, dir string, opts Options) (*Spool, error) {
 	}
 	s := &Spool{fs: fsys, dir: dir, opts: opts, lock: lock}
 	s.mu.changed = make(chan struct{})
-	if err := s.load(); err != nil {
+	if err := errors.Join(s.load(), s.loadPromise()); err != nil {
 		return nil, errors.Join(fmt.Errorf("open spool %s: %w", dir, err), s.Close())
 	}
+	opts.Budget.add(s)
 	return s, nil
 }
 
@@ -172,6 +178,9 @@ func (s *Spool) Reset(c frame.Cursor) error {
 	s.mu.met, s.mu.shown, s.mu.stale, s.mu.untidy = false, 0, nil, false
 	s.mu.era++
 	s.notifyLocked()
+	if err := s.forgetPromise(); err != nil {
+		return fmt.Errorf("reset spool: %w", err)
+	}
 	if err := s.removeAll(); err != nil {
 		return fmt.Errorf("reset spool: %w", err)
 	}
@@ -218,6 +227,7 @@ func (s *Spool) Close() error {
 	if closed {
 		return nil
 	}
+	s.opts.Budget.remove(s)
 	s.appending.Lock()
 	defer s.appending.Unlock()
 	s.syncing.Lock()
@@ -225,5 +235,8 @@ func (s *Spool) Close() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.releaseLocked()
+	if s.promise != nil {
+		_ = s.promise.Close() // what it says is advice
+	}
 	return s.lock.Close()
 }

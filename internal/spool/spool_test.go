@@ -185,7 +185,7 @@ func TestFullSpoolWaits(t *testing.T) {
 		done := make(chan error, 1)
 		go func() { done <- s.Append(t.Context(), all) }()
 		synctest.Wait()
-		if !s.Status().Full {
+		if s.Status().Full != OwnLimit {
 			t.Error("a full spool must say so")
 		}
 		for i := range all { // the far side takes one frame after the other
@@ -358,7 +358,7 @@ func TestStatus(t *testing.T) {
 		t.Errorf("%d bytes behind: %+v", size, st)
 	}
 	must(0, s.Trim(all[11].Last))
-	if st := s.Status(); st.Backlog != 0 || st.Oldest != 0 || st.DurableTime != all[11].LastTime || st.Synced != all[11].End() || st.Bytes != s.Bytes() || st.Full {
+	if st := s.Status(); st.Backlog != 0 || st.Oldest != 0 || st.DurableTime != all[11].LastTime || st.Synced != all[11].End() || st.Bytes != s.Bytes() || st.Full != NoBound {
 		t.Errorf("all is durable: %+v", st)
 	}
 	must(0, s.Close())

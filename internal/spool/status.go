@@ -14,7 +14,7 @@ type Status struct {
 	DurableTime int64        // UTC ns, of the frame that holds Durable; 0 if not known
 	Backlog     int64        // bytes of the frames behind Durable
 	Oldest      int64        // UTC ns, of the first of them; 0 if there is none
-	Full        bool         // an Append waits for room
+	Full        Bound        // what an Append waits for; NoBound if none waits
 	Ahead       int64        // bytes that a reader has to come through before it is at what could be folded
 	Foldable    int64        // bytes that no reader was shown anything of, in segments of their own
 }
