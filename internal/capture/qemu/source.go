@@ -20,12 +20,13 @@ import (
 	"farside/internal/nbd"
 )
 
-// askTimeout bounds a question to QEMU, and openTimeout all of Open and of Close.
+// How long QEMU may take, and how often its jobs are looked at while nothing happens.
 const (
-	askTimeout  = 5 * time.Second
-	openTimeout = 30 * time.Second
-	watchEvery  = 250 * time.Millisecond
-	lastWait    = 10 * time.Millisecond // for events after the end
+	askTimeout   = time.Second // for a question
+	openTimeout  = 30 * time.Second
+	closeTimeout = 10 * time.Second
+	watchEvery   = 250 * time.Millisecond
+	lastWait     = 10 * time.Millisecond // for events after the end
 )
 
 // Source captures disks of a running guest. It ends, with an error of Next, when QEMU ends or
@@ -356,7 +357,7 @@ func (s *Source) Close() (err error) {
 			<-s.watched
 		}
 		s.fail(fmt.Errorf("closed: %w", dr.ErrUnavailable))
-		ctx, cancel := context.WithTimeout(context.Background(), openTimeout)
+		ctx, cancel := context.WithTimeout(context.Background(), closeTimeout)
 		defer cancel()
 		if s.monitor.Err() == nil {
 			if e := clean(ctx, s.monitor, s.serving); e != nil && s.monitor.Err() == nil {
