@@ -203,6 +203,10 @@ type Stats struct {
 	// false again: open a new Source and compare.
 	Detached bool
 
+	// Unpinned says that a Survivor would not survive any more, because somebody removed
+	// what is kept for the next process. This one captures as before.
+	Unpinned bool
+
 	Missed          uint64 // occasions on which the kernel did not run the capture: any is a reason to compare
 	LostCompletions uint64 // completions that never came; their ranges were marked again
 	Failed          uint64 // changes that the device refused; their ranges were marked

@@ -22,6 +22,9 @@ import (
 	"farside/internal/dr"
 )
 
+// FileSystem is where BPF objects are pinned on most machines.
+const FileSystem = "/sys/fs/bpf"
+
 // MaxDisks is how many disks one Source captures at most.
 const MaxDisks = 32
 

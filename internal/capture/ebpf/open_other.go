@@ -18,3 +18,11 @@ func Open(disks []capture.Disk, o Options) (capture.Source, error) {
 	return nil, fmt.Errorf("capture %d disks by eBPF on %s/%s: needs linux/amd64: %w",
 		len(disks), runtime.GOOS, runtime.GOARCH, dr.ErrUnsupported)
 }
+
+// MountFileSystem answers dr.ErrUnsupported.
+func MountFileSystem(dir string) error {
+	return fmt.Errorf("mount BPF file system at %s: needs linux/amd64: %w", dir, dr.ErrUnsupported)
+}
+
+// Remove does nothing: nothing can be pinned here.
+func Remove(string) error { return nil }

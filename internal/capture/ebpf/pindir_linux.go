@@ -163,8 +163,20 @@ func (p *pinDir) remove(name string) error {
 	return nil
 }
 
-// FileSystem is where BPF objects are pinned on most machines.
-const FileSystem = "/sys/fs/bpf"
+// Remove takes away what is pinned at a directory (Options.Pin), with the directory: for what is
+// captured no longer, also when its disks are gone. It does nothing if there is nothing. The
+// error wraps dr.ErrExists while a process captures.
+func Remove(dir string) error {
+	if !exists(dir) {
+		return nil
+	}
+	p, err := lockPins(dir)
+	if err != nil {
+		return err
+	}
+	defer p.unlock()
+	return p.clear()
+}
 
 // MountFileSystem makes sure that a file system for BPF objects is at dir,
 // usually FileSystem. It does nothing if there is one. The mount stays when the process ends.

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"path/filepath"
 	"sync/atomic"
 	"unsafe"
 
@@ -50,6 +51,21 @@ func (l *loaded) pin(p *pinDir) error {
 		}
 	}
 	return nil
+}
+
+// whole reports whether all pins are there.
+func (p *pinDir) whole() bool {
+	for name := range new(loaded).maps() {
+		if !p.has(filepath.Join(pinLive, name)) {
+			return false
+		}
+	}
+	for _, name := range append([]string{pinProgram}, pinLinks...) {
+		if !p.has(filepath.Join(pinLive, name)) {
+			return false
+		}
+	}
+	return true
 }
 
 // loadPinned opens what is in the live of p. The error wraps dr.ErrUnsupported or

@@ -521,6 +521,9 @@ func (s *source) Stats() capture.Stats {
 	for i := range s.devs {
 		s.addCounters(&st, i)
 	}
+	if s.pins != nil && !s.pins.forget.Load() {
+		st.Unpinned = !s.pins.dir.whole()
+	}
 	st.Detached = atomic.LoadUint64(&s.notes().Gone) != 0
 	return st
 }

@@ -41,6 +41,52 @@ func TestConformanceBioBased(t *testing.T) {
 	})
 }
 
+// TestConformanceLargeSectors runs the suite on disks with sectors of 4 KiB (4Kn).
+func TestConformanceLargeSectors(t *testing.T) {
+	capturetest.Run(t, func(t *testing.T, c capturetest.Config) *capturetest.Target {
+		target := &capturetest.Target{Block: 4096}
+		var paths []string
+		for _, size := range c.Sizes {
+			paths = append(paths, newLoop(t, size, "--sector-size", "4096"))
+		}
+		target.Source = openDisks(t, Options{RingBytes: cmp.Or(c.Ring, 64<<20)}, paths...)
+		for _, p := range paths {
+			target.Devices = append(target.Devices, openBlock(t, p))
+		}
+		return target
+	})
+}
+
+// TestConformancePartitions runs the suite on several partitions of one disk and another whole
+// disk: one order over all of them.
+func TestConformancePartitions(t *testing.T) {
+	testenv.NeedTool(t, "addpart")
+	capturetest.Run(t, func(t *testing.T, c capturetest.Config) *capturetest.Target {
+		target := &capturetest.Target{}
+		parts, total := c.Sizes[:max(1, len(c.Sizes)-1)], int64(1<<20)
+		for _, size := range parts {
+			total += size + 1<<20
+		}
+		whole := newLoop(t, total, "--partscan")
+		var paths []string
+		at := int64(1 << 20)
+		for i, size := range parts {
+			number := strconv.Itoa(i + 1)
+			run(t, "addpart", whole, number, strconv.FormatInt(at/512, 10), strconv.FormatInt(size/512, 10))
+			paths = append(paths, whole+"p"+number)
+			at += size + 1<<20
+		}
+		for _, size := range c.Sizes[len(parts):] {
+			paths = append(paths, newLoop(t, size))
+		}
+		target.Source = openDisks(t, Options{RingBytes: cmp.Or(c.Ring, 64<<20)}, paths...)
+		for _, p := range paths {
+			target.Devices = append(target.Devices, openBlock(t, p))
+		}
+		return target
+	})
+}
+
 // newZram makes a compressed memory disk; t removes it.
 func newZram(t *testing.T, size int64) string {
 	t.Helper()

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -125,6 +126,31 @@ func TestForgetLeavesNothing(t *testing.T) {
 	}
 }
 
+// TestRemove takes pins away whose disk is gone.
+func TestRemove(t *testing.T) {
+	pins := newPins(t)
+	s, err := openSurvivor([]capture.Disk{{ID: 1, Path: newLoop(t, 8<<20)}}, Options{RingBytes: 1 << 20, Pin: pins, Memory: 8})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := Remove(pins); !errors.Is(err, dr.ErrExists) {
+		t.Errorf("remove while it captures: %v", err)
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	ids := programsOf(t, pins)
+	for range 2 {
+		if err := Remove(pins); err != nil {
+			t.Error(err)
+		}
+	}
+	awaitGone(t, ids)
+	if exists(pins) {
+		t.Error("the directory is left")
+	}
+}
+
 // TestReplaceLeavesNothing: the programs of a capture that was replaced end.
 func TestReplaceLeavesNothing(t *testing.T) {
 	pins, loop := newPins(t), newLoop(t, 8<<20)
@@ -183,7 +209,16 @@ func TestBrokenPins(t *testing.T) {
 			if err := s.Close(); err != nil {
 				t.Fatal(err)
 			}
+			if s, err = openSurvivor(disks, o); err != nil || !s.Adopted() || s.Stats().Unpinned {
+				t.Fatalf("unharmed: %v", err)
+			}
 			harm(t, filepath.Join(pins, pinLive))
+			if missing := strings.HasPrefix(name, "a link") || strings.HasSuffix(name, "gone"); s.Stats().Unpinned != missing {
+				t.Errorf("unpinned: %v", s.Stats().Unpinned)
+			}
+			if err := s.Close(); err != nil {
+				t.Fatal(err)
+			}
 			if s, err = openSurvivor(disks, o); err != nil {
 				t.Fatal(err)
 			}
