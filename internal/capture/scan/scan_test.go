@@ -325,3 +325,23 @@ func TestTableModel(t *testing.T) {
 		t.Errorf("files are left: %v", left)
 	}
 }
+
+// BenchmarkPass reads and hashes a file in the page cache.
+func BenchmarkPass(b *testing.B) {
+	const size = 256 << 20
+	path := filepath.Join(b.TempDir(), "disk")
+	if err := os.WriteFile(path, bytes.Repeat([]byte("scan"), size/4), 0o600); err != nil {
+		b.Fatal(err)
+	}
+	s, err := Open([]capture.Disk{{ID: 1, Path: path}}, Options{})
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer s.Close()
+	b.SetBytes(size)
+	for b.Loop() {
+		if _, err := s.pass(b.Context()); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
