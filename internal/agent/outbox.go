@@ -27,6 +27,8 @@ type outbox struct {
 		entries []entry
 		sent    int // entries that the link took
 		bytes   int64
+		fresh   int64 // bytes put since the last fold
+		err     error // nothing more may be sent
 		durable dr.Seq
 		lag     lag
 		changed chan struct{} // closed and replaced at each change
@@ -68,6 +70,7 @@ func (o *outbox) put(generation int, b []byte, end frame.Cursor, r lagRecord) bo
 	}
 	o.mu.entries = append(o.mu.entries, entry{b, end})
 	o.mu.bytes += entry{bytes: b}.cost()
+	o.mu.fresh += int64(len(b))
 	r.last = end.Position.Seq
 	o.mu.lag.add(r)
 	o.notifyLocked()
@@ -107,7 +110,7 @@ func (o *outbox) resume(c frame.Cursor, durable dr.Seq, first Reason) start {
 		}
 	}
 	o.mu.start = start{generation: o.mu.start.generation + 1, cursor: c, reason: reason}
-	o.mu.base, o.mu.entries, o.mu.sent, o.mu.bytes = c, nil, 0, 0
+	o.mu.base, o.mu.entries, o.mu.sent, o.mu.bytes, o.mu.fresh, o.mu.err = c, nil, 0, 0, 0, nil
 	o.mu.lag.reset()
 	o.notifyLocked()
 	return o.mu.start

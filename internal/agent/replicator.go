@@ -14,6 +14,7 @@ import (
 // and memory against each other.
 type tuning struct {
 	memory      int64         // bytes of frames that may wait for the process server
+	fold        bool          // frames that wait are folded before the source has to overflow
 	codec       frame.Codec   // of the frames
 	frameBytes  int           // a frame is cut when it holds that much data …
 	frameAge    time.Duration // … or when it is that old: bounds what batching adds to the RPO
@@ -32,7 +33,7 @@ const batchRoom = 2 * capture.MaxBatch
 
 func defaultTuning() tuning {
 	return tuning{
-		memory: 64 << 20, codec: frame.None, frameBytes: 1 << 20, frameAge: 50 * time.Millisecond,
+		memory: 64 << 20, fold: true, codec: frame.None, frameBytes: 1 << 20, frameAge: 50 * time.Millisecond,
 		heartbeat: 500 * time.Millisecond, chunk: 1 << 20, resumeBelow: 16 << 20,
 		written: 64 << 10, wait: 10 * time.Millisecond,
 		resumeWait: 5 * time.Millisecond, retry: time.Second,
@@ -105,6 +106,7 @@ type counters struct {
 	overflows uint64
 	syncs     uint64
 	retreats  uint64
+	folds     uint64
 	flushes   uint64
 	consumed  bool // an event was handed over
 }
@@ -134,7 +136,9 @@ func (r *replicator) step(ctx context.Context, now time.Time, maxWait time.Durat
 		return 0, err
 	}
 	if bytes, _ := r.out.used(); bytes+batchRoom > r.tune.memory {
-		return r.tune.wait, nil // take no more events: the source will use its bitmap
+		if room, err := r.makeRoom(); !room || err != nil {
+			return r.tune.wait, err // take no more events: the source will use its bitmap
+		}
 	}
 	if _, err := r.src.Next(ctx, min(maxWait, r.patience()), r.event); err != nil {
 		return 0, fmt.Errorf("take captured writes: %w", err)

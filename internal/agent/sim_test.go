@@ -88,7 +88,7 @@ func newSim(o simOptions) *sim {
 	}
 	s.out = newOutbox()
 	s.rep = newReplicator(s.source(), s.out, tuning{
-		memory: batchRoom + o.room, frameBytes: 32 << 10, frameAge: 50 * time.Millisecond, heartbeat: 100 * time.Millisecond,
+		memory: batchRoom + o.room, fold: true, frameBytes: 32 << 10, frameAge: 50 * time.Millisecond, heartbeat: 100 * time.Millisecond,
 		chunk: 16 << 10, resumeBelow: 32 << 10, written: o.written,
 		wait: 10 * time.Millisecond, resumeWait: 1, retry: time.Millisecond,
 	})
@@ -367,6 +367,7 @@ type farSide struct {
 	at     frame.Cursor
 	truth  *oracle // at the newest point; nil before the first
 	points int
+	folded int // epochs whose end was checked
 	tagged map[[16]byte]bool
 }
 
@@ -406,7 +407,7 @@ func (f *farSide) apply(b []byte, s *sim) error {
 		if clear(dst); x.What == dr.Data {
 			copy(dst, payload[x.RawOff:])
 		}
-		if fr.Open {
+		if fr.Open || fr.Folded {
 			continue
 		}
 		f.truth.forward(s.ops, tickOf(x.Time))
@@ -415,6 +416,13 @@ func (f *farSide) apply(b []byte, s *sim) error {
 		}
 	}
 	f.at = fr.End()
+	if fr.Folded && !fr.Open { // only its end is a point
+		f.folded++
+		f.truth.forward(s.ops, tickOf(fr.LastTime))
+		if err := f.check(fr.Last); err != nil {
+			return fmt.Errorf("epoch at time %d: %w", tickOf(fr.LastTime), err)
+		}
+	}
 	return f.marker(fr, s)
 }
 
