@@ -68,8 +68,9 @@ func (x *stillness) begin(ctx context.Context, o quiesce.Options) (s still, end 
 const (
 	defaultFreezeLimit = 10 * time.Second
 	// calmLimit bounds how long the writes that the preparation caused may take to
-	// drain: hooks hold applications meanwhile.
-	calmLimit = 5 * time.Second
+	// drain; heldLimit, where hooks hold applications meanwhile.
+	calmLimit = 30 * time.Second
+	heldLimit = 5 * time.Second
 	calmPoll  = 20 * time.Millisecond
 	// retryPoints is the pause before a point that waits for a stream looks again.
 	retryPoints = time.Second
@@ -201,7 +202,11 @@ func (m *pointMaker) make(ctx context.Context, t dr.Tag) error {
 
 // hold places the tag while everything stands still.
 func (m *pointMaker) hold(ctx context.Context, s still, t dr.Tag, limit time.Duration) error {
-	if err := m.waitCalm(ctx, calmLimit); err != nil {
+	patience := calmLimit
+	if t.Consistency == dr.Application {
+		patience = heldLimit
+	}
+	if err := m.waitCalm(ctx, patience); err != nil {
 		return err
 	}
 	ctx, cancel := context.WithTimeout(ctx, limit)

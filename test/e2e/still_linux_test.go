@@ -199,6 +199,7 @@ func TestFileSystemPoints(t *testing.T) {
 
 // TestPointWithoutFileSystem: a disk that nobody mounts has crash-consistent points, which say why.
 func TestPointWithoutFileSystem(t *testing.T) {
+	t.Parallel()
 	l := newLab(t, labOptions{size: 64 << 20})
 	l.leave()
 	l.protect(l.loop.Device)
