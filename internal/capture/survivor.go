@@ -34,6 +34,9 @@ import "farside/internal/dr"
 // consumer that must not forget what it took uses TakeDirtyNoted and keeps its note in
 // Memory, or marks the ranges again.
 //
+// Events that come again may be older than what was read from the disk since they came
+// first. A consumer that does not rewind to where it stood marks what they change.
+//
 // A consumer that adopts a Source in data mode doesn't know which captured changes
 // are still on their way to the disk. If it is going to read from the disk, it calls
 // Overflow first, as after any loss of its count (see Stream.Overflow).
