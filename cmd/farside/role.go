@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"os"
+	"runtime/debug"
 
 	"github.com/spf13/cobra"
 
@@ -15,6 +17,20 @@ import (
 type roleRun[C any] struct {
 	load func(path string) (C, error)
 	run  func(ctx context.Context, c C, log *slog.Logger) error
+}
+
+// lazyGC is by how many percent the heap of a role may grow before it is collected.
+const lazyGC = 300
+
+// lazily makes a role collect garbage less often, unless GOGC is set: one that holds little memory
+// for long and allocates as fast as data passes through it would else collect many times a second.
+func lazily[C any](run func(context.Context, C, *slog.Logger) error) func(context.Context, C, *slog.Logger) error {
+	return func(ctx context.Context, c C, log *slog.Logger) error {
+		if os.Getenv("GOGC") == "" {
+			defer debug.SetGCPercent(debug.SetGCPercent(lazyGC))
+		}
+		return run(ctx, c, log)
+	}
 }
 
 // newRole makes the verb of a role. A role that is told to end ends without an error.
