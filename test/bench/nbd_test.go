@@ -96,8 +96,13 @@ func serveOurs(t *testing.T, dir, disk string) string {
 	if err != nil {
 		t.Fatal(err)
 	}
+	t.Cleanup(func() { f.Close() })
+	return serveDevice(t, dir, &nbd.Export{Device: f})
+}
+
+func serveDevice(t *testing.T, dir string, x *nbd.Export) string {
 	s, err := nbd.NewServer(nbd.Config{
-		Lookup: func(string) (*nbd.Export, error) { return &nbd.Export{Device: f}, nil },
+		Lookup: func(string) (*nbd.Export, error) { return x, nil },
 		Log:    func(err error) { t.Log(err) },
 	})
 	if err != nil {
@@ -113,7 +118,6 @@ func serveOurs(t *testing.T, dir, disk string) string {
 	t.Cleanup(func() {
 		s.Close()
 		<-done
-		f.Close()
 	})
 	return socket
 }

@@ -12,6 +12,7 @@ import (
 
 	"farside/internal/dr"
 	"farside/internal/frame"
+	"farside/internal/nbd"
 	"farside/internal/testenv"
 	"farside/internal/vault"
 	"farside/internal/vfs"
@@ -257,10 +258,30 @@ func TestViewRead(t *testing.T) {
 			o, p := Median(ours), Median(peer)
 			Figure{fmt.Sprintf("view 4k random read of %s, codec %v, %d readers, vs a file", c.name, codec, c.workers), o, p, o / p, "IOPS", Rounds()}.Print()
 		}
+		viewOverNBD(t, d, f.Name(), codec)
 		if err := w.Close(); err != nil {
 			t.Fatal(err)
 		}
 	}
+}
+
+// viewOverNBD reads a view with history through our server, and a raw file with the same
+// content through qemu-nbd.
+func viewOverNBD(t *testing.T, d *view.Disk, raw string, codec frame.Codec) {
+	testenv.NeedTool(t, "fio", "qemu-nbd")
+	t.Run(codec.String(), func(t *testing.T) { // so that both servers end before the view
+		dir := t.TempDir()
+		servers := []string{serveDevice(t, dir, &nbd.Export{Device: d, ReadOnly: true}), serveQEMU(t, dir, raw)}
+		got := make([][]float64, len(servers))
+		l := nbdLoad{name: "view over NBD, 4k random read", rw: "randread", bs: "4k", depth: 16, unit: "IOPS"}
+		for range Rounds() {
+			for i, socket := range servers {
+				got[i] = append(got[i], l.run(t, socket))
+			}
+		}
+		o, p := Median(got[0]), Median(got[1])
+		Figure{l.name + ", codec " + codec.String() + ", vs qemu-nbd on raw", o, p, o / p, l.unit, Rounds()}.Print()
+	})
 }
 
 // copyOf writes a disk into a file.
