@@ -52,8 +52,8 @@ type CaptureConfig struct {
 type PointsConfig struct {
 	// Hooks is the directory that holds pre-freeze.d and post-thaw.d. Default /etc/farside.
 	Hooks string `yaml:"hooks"`
-	// Run is where each run of the hooks gets a directory of its own. It must not lie on a protected
-	// disk. Default /run/farside/hooks.
+	// Run is where each run of the hooks gets a directory of its own, and where it is noted what
+	// is frozen. It must not lie on a protected disk. Default /run/farside/points.
 	Run string `yaml:"run"`
 	// HookTimeout bounds one hook, HooksTimeout all of one directory. Defaults 20s and 60s.
 	HookTimeout  time.Duration `yaml:"hook_timeout"`
@@ -73,9 +73,15 @@ func (p *PointsConfig) check() error {
 	return nil
 }
 
+// runDir is where the agent of a machine keeps what points need while they are made.
+func (p *PointsConfig) runDir(m dr.MachineID) string { return filepath.Join(p.Run, m.String()) }
+
+// ledger is the file that says what is frozen.
+func (p *PointsConfig) ledger(m dr.MachineID) string { return filepath.Join(p.runDir(m), "frozen") }
+
 // hooks returns the hooks of a machine whose agent keeps its data in a directory.
-func (p *PointsConfig) hooks(data string) *quiesce.Hooks {
-	return &quiesce.Hooks{Dir: p.Hooks, Run: p.Run, Logs: filepath.Join(data, "hooks"), Each: p.HookTimeout, Total: p.HooksTimeout}
+func (p *PointsConfig) hooks(data string, m dr.MachineID) *quiesce.Hooks {
+	return &quiesce.Hooks{Dir: p.Hooks, Run: p.runDir(m), Logs: filepath.Join(data, "hooks"), Each: p.HookTimeout, Total: p.HooksTimeout}
 }
 
 // TapConfig sets the tap up: an NBD server in front of files or devices.
@@ -105,7 +111,7 @@ func LoadConfig(path string) (Config, error) { return rolefile.Load(path, ParseC
 // dr.ErrInvalid.
 func ParseConfig(b []byte) (Config, error) {
 	c := Config{Memory: defaultMemory, Capture: CaptureConfig{Driver: driverAuto}, Points: PointsConfig{
-		Hooks: "/etc/farside", Run: "/run/farside/hooks", HookTimeout: 20 * time.Second, HooksTimeout: time.Minute,
+		Hooks: "/etc/farside", Run: "/run/farside/points", HookTimeout: 20 * time.Second, HooksTimeout: time.Minute,
 	}}
 	if err := rolefile.Decode(b, &c); err != nil {
 		return Config{}, err

@@ -33,7 +33,7 @@ points: {hooks: /opt/hooks, hook_timeout: 5s}
 			Tap: TapConfig{Socket: "/run/tap.sock", Disks: []TapDisk{{"one", "/srv/one.img"}}},
 		},
 		LoopDevices: true, Disks: []string{"/srv/two.img"},
-		Points: PointsConfig{Hooks: "/opt/hooks", Run: "/run/farside/hooks", HookTimeout: 5 * time.Second, HooksTimeout: time.Minute},
+		Points: PointsConfig{Hooks: "/opt/hooks", Run: "/run/farside/points", HookTimeout: 5 * time.Second, HooksTimeout: time.Minute},
 	}
 	if err != nil || !reflect.DeepEqual(got, want) {
 		t.Errorf("got %+v, %v\nwant %+v", got, err, want)

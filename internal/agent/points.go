@@ -34,13 +34,16 @@ func newStillness(prepare stiller, hooks *quiesce.Hooks) *stillness {
 	return &stillness{prepare: prepare, hooks: hooks, turn: make(chan struct{}, 1)}
 }
 
-// quiesceNow is the stiller of this machine.
-func quiesceNow(ctx context.Context, o quiesce.Options) (still, error) {
-	s, err := quiesce.Prepare(ctx, o)
-	if err != nil {
-		return nil, err
+// quiesceWith returns the stiller of this machine, which notes in a file what it freezes.
+func quiesceWith(ledger string) stiller {
+	return func(ctx context.Context, o quiesce.Options) (still, error) {
+		o.Ledger = ledger
+		s, err := quiesce.Prepare(ctx, o)
+		if err != nil {
+			return nil, err
+		}
+		return s, nil
 	}
-	return s, nil
 }
 
 // never is the stiller of a machine that can't stand still.

@@ -41,6 +41,8 @@ func Run(ctx context.Context, c Config, log *slog.Logger) (err error) {
 	if role := client.Identity().Peer().Role; role != transport.RoleAgent {
 		return fmt.Errorf("start agent: %s is the data directory of a %s: %w", c.Data, role, dr.ErrInvalid)
 	}
+	machine := client.Identity().Peer().Machine
+	thawLeft(c.Points.ledger(machine), log)
 	d, err := openDrivers(c.Capture)
 	if err != nil {
 		return fmt.Errorf("start agent: %w", err)
@@ -49,10 +51,10 @@ func Run(ctx context.Context, c Config, log *slog.Logger) (err error) {
 
 	a := newAgent(d.open, dialAs(client.Identity()), int64(c.Memory), log)
 	a.news, a.now = client.ReportSoon, client.ServerTime
-	r := &reporter{agent: a, machine: client.Identity().Peer().Machine, root: os.DirFS("/"), want: wantedOf(c), more: d.offered}
-	a.still = newStillness(quiesceNow, c.Points.hooks(c.Data))
+	r := &reporter{agent: a, machine: machine, root: os.DirFS("/"), want: wantedOf(c), more: d.offered}
+	a.still = newStillness(quiesceWith(c.Points.ledger(machine)), c.Points.hooks(c.Data, machine))
 	var wg sync.WaitGroup
-	wg.Go(a.recoverHooks(client.Identity().Peer().Machine))
+	wg.Go(a.recoverHooks(machine))
 	for _, part := range []func() error{
 		func() error {
 			return client.Watch(ctx, func(w *pb.Assignment) { a.assign(w.GetAgent()) })
@@ -68,6 +70,15 @@ func Run(ctx context.Context, c Config, log *slog.Logger) (err error) {
 	}
 	wg.Wait()
 	return nil
+}
+
+// thawLeft thaws what an earlier agent left frozen that was killed together with its
+// watchdog. Nothing was written to disk before.
+func thawLeft(ledger string, log *slog.Logger) {
+	thawed, err := quiesce.ThawLeft(ledger)
+	if len(thawed) > 0 || err != nil {
+		log.Warn("an earlier agent left file systems frozen; they are thawed", "mounts", thawed, "error", err)
+	}
 }
 
 // dialAs returns a dialer that proves to be id and wants to find the process

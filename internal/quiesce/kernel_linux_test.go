@@ -240,7 +240,7 @@ func freezeForTest(args []string) {
 	if err != nil {
 		panic(err)
 	}
-	s, err := Prepare(context.Background(), Options{Disks: args[1:]})
+	s, err := Prepare(context.Background(), Options{Disks: args[1:], Ledger: os.Getenv("LEDGER")})
 	if err != nil {
 		fmt.Println(err)
 		os.Exit(1)
@@ -363,6 +363,48 @@ func TestAgentIsKilled(t *testing.T) {
 		b.wantThawedWithin(t, 2*time.Second)
 		t.Logf("thawed %s after the kill", time.Since(began).Round(time.Millisecond))
 		gone(t, v.watchdog)
+	}
+}
+
+// TestBothAreKilled: agent and watchdog die at the same moment. The next agent thaws, whoever
+// it is.
+func TestBothAreKilled(t *testing.T) {
+	dir := memory(t)
+	t.Setenv("LEDGER", dir+"/frozen")
+	a := newLoopFS(t, dir, "ext4", 64<<20)
+	v := newVictim(t, "60s", a.device)
+	if got := v.hold(t); got != "held <nil>" {
+		t.Fatal(got)
+	}
+	stop(t, v.Process.Pid) // so that neither hears of the other's end
+	stop(t, v.watchdog)
+	unix.Kill(v.watchdog, unix.SIGKILL)
+	if err := v.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	v.Wait() // it was killed
+	a.wantFrozen(t, true)
+	thawed, err := ThawLeft(dir + "/frozen")
+	if err != nil || len(thawed) != 1 || thawed[0] != a.mount {
+		t.Errorf("thawed %v, %v", thawed, err)
+	}
+	a.wantFrozen(t, false)
+	// A session that ended well leaves nothing to thaw.
+	s, err := Prepare(t.Context(), Options{Disks: []string{a.device}, Ledger: dir + "/frozen"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Hold(t.Context(), 5*time.Second); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(dir + "/frozen"); err != nil {
+		t.Error(err)
+	}
+	if _, err := s.Release(); err != nil {
+		t.Error(err)
+	}
+	if _, err := os.Stat(dir + "/frozen"); err == nil {
+		t.Error("the ledger is left")
 	}
 }
 

@@ -4,7 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
+
+	"farside/internal/dr"
 )
 
 // Prepare makes everything ready for a freeze that is as short as can be: the file
@@ -12,12 +15,29 @@ import (
 // is written. Errors wrap ErrNothing, ErrHook, ErrTimeout or dr.ErrUnavailable; then the hooks that come
 // after have run already and there is nothing to release.
 func Prepare(ctx context.Context, o Options) (*Session, error) {
-	found, err := Find(o.Disks)
+	vols, err := open(o.Disks)
+	// What only a container has mounted vanishes with its last process.
+	for try := 0; errors.Is(err, fs.ErrNotExist) && try < 3; try++ {
+		vols, err = open(o.Disks)
+	}
+	if err != nil {
+		return nil, err
+	}
+	args := o.Watchdog
+	if args == nil {
+		args = []string{WatchdogVerb}
+	}
+	return prepare(ctx, o, vols, func(files []*os.File) (guard, error) { return startGuard(args, files) })
+}
+
+// open finds and opens the file systems on the disks.
+func open(disks []string) ([]volume, error) {
+	found, err := Find(disks)
 	if err != nil {
 		return nil, err
 	}
 	if len(found) > maxFiles {
-		return nil, fmt.Errorf("freeze %d file systems: at most %d can be: %w", len(found), maxFiles, errors.ErrUnsupported)
+		return nil, fmt.Errorf("freeze %d file systems: at most %d can be: %w", len(found), maxFiles, dr.ErrUnsupported)
 	}
 	var vols []volume
 	for _, f := range found {
@@ -30,9 +50,5 @@ func Prepare(ctx context.Context, o Options) (*Session, error) {
 		}
 		vols = append(vols, v)
 	}
-	args := o.Watchdog
-	if args == nil {
-		args = []string{WatchdogVerb}
-	}
-	return prepare(ctx, o, vols, func(files []*os.File) (guard, error) { return startGuard(args, files) })
+	return vols, nil
 }

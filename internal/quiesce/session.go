@@ -24,6 +24,9 @@ type Options struct {
 	Point Point
 	// SyncLimit bounds the syncfs before the freeze. Default 30 s.
 	SyncLimit time.Duration
+	// Ledger is a file that says what is frozen, for ThawLeft; "" for none. It must not lie
+	// on a captured disk: /run is the right place.
+	Ledger string
 	// Watchdog are the arguments that make this program run RunWatchdog. Default
 	// WatchdogVerb.
 	Watchdog []string
@@ -77,6 +80,7 @@ type guard interface {
 // Session is one round of standing still.
 type Session struct {
 	hooks  *hookRun // nil: none
+	ledger string   // file that says what may be frozen; "": none
 	guard  guard
 	slots  []*slot
 	levels [][]*slot // by depth, the deepest first
@@ -149,6 +153,7 @@ func (s *Session) prepare(ctx context.Context, o Options, start func([]*os.File)
 	if len(s.slots) == 0 {
 		return ErrNothing
 	}
+	s.ledger = o.Ledger
 	var files []*os.File
 	for _, sl := range s.slots {
 		files = append(files, sl.File0())
@@ -226,6 +231,9 @@ func cause(ctx context.Context) error {
 // error nothing stays frozen and Release is still to be called. Errors wrap ErrTimeout,
 // dr.ErrUnavailable if the watchdog does not answer, or tell of a file system.
 func (s *Session) Hold(ctx context.Context, limit time.Duration) error {
+	if err := keepLedger(s.ledger, s.slots); err != nil {
+		return err
+	}
 	if err := s.begin(limit); err != nil {
 		return err
 	}
@@ -506,6 +514,9 @@ func (s *Session) free(failed []error) {
 		s.guarded.Wait()
 		if s.guard != nil && !unthawed {
 			s.guard.Close()
+		}
+		if s.ledger != "" && !unthawed {
+			os.Remove(s.ledger) //nolint:errcheck // there is none if nothing was frozen
 		}
 		for _, sl := range s.slots {
 			sl.Close()

@@ -102,3 +102,13 @@ func ioctl(fd uintptr, request uint) error {
 		return errno
 	}
 }
+
+// thawMount thaws the file system of a mount and reports whether it was frozen.
+func thawMount(e ledgerEntry) bool {
+	d, err := openMount(mount{id: e.ID, path: e.Mount})
+	if err != nil {
+		return false
+	}
+	defer d.Close()
+	return ioctl(d.Fd(), fiThaw) == nil
+}
