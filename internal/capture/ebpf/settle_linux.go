@@ -106,6 +106,11 @@ func (s *source) pause(ctx context.Context) error {
 
 // settle waits until no write is in flight that Resume waits for.
 func (s *source) settle(ctx context.Context, state uint32) error {
+	if s.span != state+1 {
+		// Writes for which there was no place in the table, and which were submitted in
+		// this span, are captured: those that come from here on need not be waited for.
+		s.span, s.untracked = state+1, atomic.LoadUint64(word64(s.prog.control[controlUntrackedAt:]))
+	}
 	for {
 		if atomic.LoadUint32(s.settled) == state || atomic.LoadUint32(s.state) != state {
 			return nil
@@ -141,19 +146,12 @@ func (s *source) staleWrites(state uint32) (bool, error) {
 		atomic.StoreUint64(calm, 1)
 	}
 	stale := atomic.LoadUint64(calm) == 0
-	untracked := word64(s.prog.control[controlUntrackedAt:])
-	if at := atomic.LoadUint64(untracked); at != 0 {
-		if pending(now, at, giveUpAge, allQuiet) {
-			stale = true
-		} else {
-			atomic.CompareAndSwapUint64(untracked, at, 0)
-		}
-	}
+	stale = stale || s.untracked != 0 && pending(now, s.untracked, s.giveUp, allQuiet)
 	err = flights(s.prog.flying, func(at int, f flight) error {
 		if f.State == state {
 			return nil
 		}
-		if pending(now, f.Time, giveUpAge, quiet[f.Dev]) {
+		if pending(now, f.Time, s.giveUp, quiet[f.Dev]) {
 			stale = true
 			return nil
 		}

@@ -5,6 +5,9 @@ package ebpf
 import (
 	"context"
 	"errors"
+	"os"
+	"path/filepath"
+	"sync/atomic"
 	"testing"
 	"time"
 	"unsafe"
@@ -110,4 +113,87 @@ func TestSweep(t *testing.T) {
 	if isNoted(src, 1) && monotonic() > uint64(2*leakAge) || !isNoted(src, 2) {
 		t.Error("sweep dropped the wrong one")
 	}
+}
+
+// TestLateCompletion: a write that Resume gave up on reaches the disk after all.
+func TestLateCompletion(t *testing.T) {
+	dir := mountExt4(t, newLoop(t, 64<<20))
+	name := filepath.Join(dir, "disk")
+	if err := os.WriteFile(name, make([]byte, 16<<20), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	loop := attachLoop(t, name)
+	dev := openBlock(t, loop)
+	src := openDisks(t, Options{RingBytes: 1 << 20}, loop)
+	src.giveUp = 300 * time.Millisecond
+	r := capturetest.NewReplicator(src)
+	closeExact(t, r)
+
+	thaw := freeze(t, dir) // what is written to the device waits
+	time.AfterFunc(20*time.Second, thaw)
+	done := make(chan error)
+	go func() {
+		_, err := dev.WriteAt(capturetest.Pattern(9, 4096), 8192)
+		done <- err
+	}()
+	for src.Stats().Writes == 0 {
+		time.Sleep(time.Millisecond)
+	}
+	src.Overflow()
+	begin := time.Now()
+	if err := src.Resume(t.Context()); err != nil { // reads wait as well, so no bulk
+		t.Fatal(err)
+	}
+	if d, s := time.Since(begin), src.Stats(); d < src.giveUp || s.LostCompletions != 1 || !s.Settled {
+		t.Errorf("resumed after %v, %+v", d, s)
+	}
+	capturedUpTo(t, r, src)
+	thaw()
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+	for begin := time.Now(); src.Stats().Overflows < 2; time.Sleep(time.Millisecond) {
+		if time.Since(begin) > 10*time.Second {
+			t.Fatalf("no overflow: %+v", src.Stats())
+		}
+	}
+	if n := atomic.LoadUint64(word64(src.prog.control[controlLate:])); n != 1 {
+		t.Errorf("%d late completions", n)
+	}
+	capturedUpTo(t, r, src)
+	if r.Losts() != 2 {
+		t.Errorf("%d losts", r.Losts())
+	}
+	closeExact(t, r)
+	mustEqual(t, r)
+}
+
+// TestCrowdedTable leaves no place in which writes could be noted.
+func TestCrowdedTable(t *testing.T) {
+	loop := newLoop(t, 32<<20)
+	src := openDisks(t, Options{RingBytes: 1 << 20}, loop)
+	src.giveUp = 300 * time.Millisecond
+	r := capturetest.NewReplicator(src)
+	if err := r.MarkAll(); err != nil {
+		t.Fatal(err)
+	}
+	closeExact(t, r)
+	state := atomic.LoadUint32(src.state)
+	for i := range table(src) {
+		table(src)[i] = flight{Bio: uint64(i)<<8 | 2, To: 8, Left: 4096, Time: monotonic(), State: state, Dev: 1}
+	}
+	stop := writers(t, openBlock(t, loop), 32<<20, 4, 100*time.Microsecond)
+	for src.Stats().Overflows == 0 {
+		time.Sleep(time.Millisecond)
+	}
+	for range 3 {
+		closeExact(t, r)
+		src.Overflow()
+	}
+	if atomic.LoadUint64(word64(src.prog.control[controlUntrackedAt:])) == 0 {
+		t.Error("writes were noted: nothing was tested")
+	}
+	stop()
+	closeExact(t, r)
+	mustEqual(t, r)
 }

@@ -33,9 +33,15 @@ type source struct {
 	consumed atomic.Uint64 // bytes of the ring that were handed over
 	emitted  atomic.Uint64 // Lost events that were handed over
 
-	resuming sync.Mutex  // one Resume at a time
-	swept    uint64      // when leaked flights were last looked for; of Next
-	started  atomic.Bool // Next was called
+	resuming sync.Mutex    // one Resume at a time
+	giveUp   time.Duration // giveUpAge, but in tests
+
+	// Of Resume: when a write that it may wait for last found no place to be noted.
+	span      uint32 // state for which that holds, plus one
+	untracked uint64 // ns of the monotonic clock, 0: never
+
+	swept   uint64      // when leaked flights were last looked for; of Next
+	started atomic.Bool // Next was called
 
 	lost sync.Mutex // guards the places of Lost events in the notes, and what is released
 	soft softWrites // guarded by lost; only Next changes it
@@ -146,7 +152,7 @@ func openNew(devs []*device, o Options, pin func(*source) error) (*source, error
 
 // newSource makes a source of what is in the kernel.
 func newSource(devs []*device, o Options, l *loaded) (*source, error) {
-	s := &source{devs: devs, disks: disksOf(devs), opts: o, prog: l, opened: l.notes.Opened}
+	s := &source{devs: devs, disks: disksOf(devs), opts: o, prog: l, opened: l.notes.Opened, giveUp: giveUpAge}
 	s.life.closed = make(chan struct{})
 	s.life.idle = sync.NewCond(&s.life)
 	s.state, s.settled = word32(l.control[controlState:]), word32(l.control[controlSettled:])
@@ -312,19 +318,16 @@ func (s *source) Next(ctx context.Context, wait time.Duration, fn func(capture.E
 	}
 	defer s.leave()
 	s.started.Store(true)
-	if err := s.checkSoft(); err != nil {
-		return 0, err
-	}
 	deadline := time.Now().Add(wait)
 	for pause := firstPause(s.opts.RingBytes); ; pause = min(pause+pause/8, pollLong) {
-		n, err := s.batch(fn)
-		if n > 0 || err != nil {
-			return n, err
-		}
 		if err := s.checkSoft(); err != nil {
 			return 0, err
 		}
 		s.sweep()
+		n, err := s.batch(fn)
+		if n > 0 || err != nil {
+			return n, err
+		}
 		left := time.Until(deadline)
 		if left <= 0 {
 			return 0, ctx.Err()

@@ -16,7 +16,7 @@
 #define MAX_DISKS 32
 #define FLYING_BITS 15
 #define MAX_FLYING (1 << FLYING_BITS)
-#define PROBES 4
+#define PROBES 8
 #define NEVER (~0u) // as control.settled
 #define MAX_PIECES (1 << 17) // of a bio
 #define MAX_MERGED (1 << 16) // bios of a request
@@ -389,24 +389,27 @@ static void fill_in(struct flight *at, struct flight *f)
 }
 
 // take_off notes a write that is on its way. If the bio is known already, its
-// last write has completed unseen.
+// last write has completed unseen. (A note behind the first free place is not found; user
+// space gives it up when it is old.)
 static void take_off(struct control *c, struct flight *f)
 {
-	struct flight *at = find_flight(f->bio);
-	if (at) {
-		if (stale(c, at)) {
-			mark(at->dev, at->from, at->to, 0);
-			__sync_fetch_and_add(&c->lost, 1);
-		}
-		WRITE_ONCE(at->bio, BUSY);
-		asm volatile("" ::: "memory");
-		fill_in(at, f);
-		return;
-	}
 	for (u32 i = 0; i < PROBES; i++) {
 		u32 key = probe(f->bio, i);
-		at = bpf_map_lookup_elem(&flying, &key);
-		if (at && READ_ONCE(at->bio) == 0 && __sync_val_compare_and_swap(&at->bio, 0, BUSY) == 0) {
+		struct flight *at = bpf_map_lookup_elem(&flying, &key);
+		if (!at)
+			return;
+		u64 bio = READ_ONCE(at->bio);
+		if (bio == f->bio) {
+			if (stale(c, at)) {
+				mark(at->dev, at->from, at->to, 0);
+				__sync_fetch_and_add(&c->lost, 1);
+			}
+			WRITE_ONCE(at->bio, BUSY);
+			asm volatile("" ::: "memory");
+			fill_in(at, f);
+			return;
+		}
+		if (bio == 0 && __sync_val_compare_and_swap(&at->bio, 0, BUSY) == 0) {
 			fill_in(at, f);
 			return;
 		}
