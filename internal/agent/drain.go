@@ -34,6 +34,8 @@ type syncState struct {
 	unverified error     // why the source does not vouch for a point
 	idle       bool      // nothing to do before the source finds something or vouches
 
+	comparing comparing // what finds out what differs; nil: it is known
+
 	empty   bool // the far side held nothing when the stream began
 	started time.Time
 	fault   error // the last failure to read a disk
@@ -42,13 +44,11 @@ type syncState struct {
 // begin opens the stream: from here to finish, no position is a point.
 func (r *replicator) begin(why Reason) {
 	r.phase, r.why = Syncing, why
+	r.led.setSyncing()
 	r.sync = syncState{started: r.now}
 	r.stats.syncs++
 	for _, d := range r.disks {
 		d.Total, d.Done = 0, 0
-		if why.full() {
-			d.Total = d.Size
-		}
 	}
 }
 
@@ -132,10 +132,24 @@ func (r *replicator) drain(ctx context.Context) error {
 	case r.sync.dirty > 0:
 		r.sync.closing = false
 		return r.readChunk()
-	case r.sync.resumed:
+	case r.sync.resumed && r.compared():
 		return r.finish(ctx)
 	}
 	return nil
+}
+
+// compared reports whether it is known what differs.
+func (r *replicator) compared() bool {
+	if r.sync.comparing == nil {
+		return true
+	}
+	if !r.sync.comparing.Done() {
+		r.sync.closing, r.sync.idle = false, true
+		return false
+	}
+	// What differs was marked before Done was true: count it.
+	r.sync.comparing, r.sync.counted = nil, false
+	return false
 }
 
 // count finds out how much is dirty. Counting walks the whole set, which takes
@@ -202,6 +216,8 @@ func (r *replicator) finish(ctx context.Context) error {
 		return err
 	}
 	r.phase = Exact
+	r.led.setWhole(false)
+	r.led.setExact(r.enc.Cursor().Position.Seq)
 	r.sync = syncState{}
 	for _, d := range r.disks {
 		d.written.clear()
@@ -223,7 +239,7 @@ func (r *replicator) readChunk() error {
 	if !r.bulkRoom() {
 		return nil
 	}
-	taken, err := r.src.TakeDirty(r.tune.chunk)
+	taken, err := r.takeDirty()
 	if err != nil {
 		return fmt.Errorf("take dirty ranges: %w", err)
 	}

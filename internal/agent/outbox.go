@@ -183,6 +183,13 @@ func (o *outbox) acked(stored, durable dr.Seq, now time.Time) {
 	o.notifyLocked()
 }
 
+// stored returns the newest sequence number that the process server has stored.
+func (o *outbox) stored() dr.Seq {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.mu.base.Position.Seq
+}
+
 // durable returns the newest sequence number that is durable on the far side.
 func (o *outbox) durable() dr.Seq {
 	o.mu.Lock()

@@ -60,15 +60,22 @@ type replicator struct {
 
 	cut    cutter
 	sync   syncState
-	buf    []byte    // for bulk reads
-	last   time.Time // when the newest frame was put
-	looked time.Time // when an exact stream last looked for dirty ranges
-	now    time.Time // of this step
+	led    *ledger      // nil before the first stream
+	held   []heldEvents // of frames that are not stored yet, if the source survives
+	buf    []byte       // for bulk reads
+	last   time.Time    // when the newest frame was put
+	looked time.Time    // when an exact stream last looked for dirty ranges
+	now    time.Time    // of this step
 	stats  counters
 
 	// blind makes the drain ignore the written sets: the negative control of
 	// the tests, which must then find differences.
 	blind bool
+	// forgetful takes ranges of the dirty set without entering them in the ledger:
+	// another.
+	forgetful bool
+
+	compare comparing
 }
 
 // cutter is what is known of the frame under construction.
@@ -112,7 +119,7 @@ type counters struct {
 }
 
 func newReplicator(src capture.Source, out *outbox, t tuning) *replicator {
-	r := &replicator{src: src, out: out, tune: t}
+	r := &replicator{src: src, out: out, tune: t, compare: wholesale{src}}
 	for _, d := range src.Disks() {
 		r.disks = append(r.disks, &disk{Disk: d})
 	}
@@ -132,6 +139,7 @@ func (r *replicator) step(ctx context.Context, now time.Time, maxWait time.Durat
 	if r.phase == Waiting {
 		return r.tune.wait, nil
 	}
+	r.release()
 	if err := r.cutAged(); err != nil {
 		return 0, err
 	}
@@ -177,22 +185,16 @@ func (r *replicator) advance(ctx context.Context) error {
 func (r *replicator) restart(s start) error {
 	r.gen = s.generation
 	r.enc = frame.NewEncoder(s.cursor, r.tune.codec)
-	r.cut = cutter{}
+	r.cut, r.held = cutter{}, nil
 	r.tags.restart(s.cursor.Position)
 	for _, d := range r.disks {
 		d.touched.clear()
 	}
-	r.begin(s.reason)
-	r.sync.empty = s.cursor.Position.Seq == 0
-	for _, d := range r.disks {
-		if err := r.src.Mark(dr.Extent{Disk: d.ID, Length: d.Size}); err != nil {
-			return fmt.Errorf("mark disk %d: %w", d.ID, err)
-		}
+	c, err := r.plan(s)
+	if err != nil {
+		return err
 	}
-	if r.stats.consumed {
-		r.retreat() // writes of the old stream may still be in flight
-	}
-	return nil
+	return r.take(c, s.reason)
 }
 
 // event takes one event over into the stream.
@@ -211,6 +213,7 @@ func (r *replicator) event(e capture.Event) error {
 	}
 	d.Writes++
 	d.Captured += e.Extent.Length
+	r.led.changed(e.Extent)
 	r.note(d, e.Extent)
 	what, data := e.What, e.Data
 	if what == dr.Data && allZero(data) {
@@ -305,6 +308,11 @@ func (r *replicator) putHeartbeat(at time.Time) error {
 // put hands a finished frame to the outbox. It reports false if the stream has begun
 // anew meanwhile: the next step will see that.
 func (r *replicator) put(b []byte, l lagRecord) bool {
+	end, pos := r.enc.Cursor(), r.position()
+	r.led.add(end, pos, int64(len(b))) // before it can be sent
+	if pos != 0 {
+		r.held = append(r.held, heldEvents{end.Position.Seq, pos})
+	}
 	if !r.out.put(r.gen, b, r.enc.Cursor(), l) {
 		return false
 	}

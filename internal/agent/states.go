@@ -37,10 +37,8 @@ const (
 	ReasonAhead    Reason = "receiver-ahead"  // the receiver holds frames that this agent did not build
 	ReasonMarked   Reason = "marked"          // something was marked dirty while the stream was exact
 	ReasonScan     Reason = "scan"            // the source finds changes by comparing, pass by pass
+	ReasonAsked    Reason = "asked"           // somebody asked for a comparison
 )
-
-// full reports whether a sync for this reason reads whole disks.
-func (r Reason) full() bool { return r != ReasonOverflow && r != ReasonMarked && r != ReasonScan }
 
 // text says for people what r means.
 func (r Reason) text() string {
@@ -59,6 +57,8 @@ func (r Reason) text() string {
 		return "the receiver holds frames of another run of the agent"
 	case ReasonMarked:
 		return "ranges were marked to be read again"
+	case ReasonAsked:
+		return "a comparison was asked for"
 	case ReasonScan:
 		return "scans look for changes"
 	}
