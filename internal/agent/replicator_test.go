@@ -21,6 +21,8 @@ func drawOptions(t *rapid.T) simOptions {
 		empty:     rapid.Bool().Draw(t, "empty"),
 		marks:     rapid.Bool().Draw(t, "marks"),
 		badReads:  rapid.IntRange(0, 3).Draw(t, "badReads") == 0,
+		kills:     rapid.Bool().Draw(t, "kills"),
+		reboots:   rapid.IntRange(0, 2).Draw(t, "reboots") == 0,
 	}
 }
 
@@ -38,6 +40,24 @@ func TestReplicatorAgainstOracle(t *testing.T) {
 		epochs += sim.far.folded
 	})
 	t.Logf("%d folds, %d epochs whose end was a point", folds, epochs)
+}
+
+// So has the check of restarts: an agent that does not note what it takes of the dirty
+// set loses it when it is killed.
+func TestOracleFindsForgetfulReplicator(t *testing.T) {
+	found := 0
+	for seed := range uint64(60) {
+		err := newSim(simOptions{seed: seed, steps: 800, disks: 2, written: 1000, room: 40 << 10, overflows: true, kills: true, forgetful: true}).run()
+		if errors.Is(err, errMismatch) {
+			found++
+		} else if err != nil {
+			t.Fatalf("seed %d: %v", seed, err)
+		}
+	}
+	if found < 4 {
+		t.Errorf("%d of 60 histories show the fault; want at least 4", found)
+	}
+	t.Logf("%d of 60 histories show the fault", found)
 }
 
 // The check above has power: a replicator that lets bulk reads overwrite newer

@@ -29,17 +29,24 @@ type simOptions struct {
 	empty     bool // the disks begin as zeroes
 	marks     bool // somebody marks ranges dirty
 	badReads  bool // a bulk read fails now and then
+	kills     bool // the agent is killed and begins again; the capture goes on
+	reboots   bool // the machine crashes
+	forgetful bool // negative control: what is taken of the dirty set is not noted
 }
 
 // sim drives a replicator against a capturetest.Mem, with a far side that
 // checks every frame and every recovery point. Time is a tick per action.
 type sim struct {
 	simOptions
-	rng  *rand.Rand
-	mem  *capturetest.Mem
-	out  *outbox
-	rep  *replicator
-	tick int64
+	rng *rand.Rand
+	mem *capturetest.Mem
+	// With kills or reboots: what outlives agents, and the capture that is open.
+	kernel *capturetest.Kernel
+	pinned *capturetest.PinnedMem
+	killed int
+	out    *outbox
+	rep    *replicator
+	tick   int64
 
 	ops      []op
 	inflight []flight
@@ -69,12 +76,14 @@ const simDisk = 192 << 10
 
 func newSim(o simOptions) *sim {
 	s := &sim{simOptions: o, rng: rand.New(rand.NewPCG(o.seed, 1)), asked: make(map[[16]byte]int64)}
-	var disks []capture.Disk
-	for i := range o.disks {
-		disks = append(disks, capture.Disk{ID: dr.DiskID(i + 3), Size: simDisk + int64(i)*dr.SectorSize*5})
+	disks := s.disksOf()
+	if o.kills || o.reboots {
+		s.kernel = capturetest.NewKernel(disks...)
+	} else {
+		s.mem = capturetest.NewMem(disks...)
+		s.kernel = s.mem.Kernel
 	}
-	s.mem = capturetest.NewMem(disks...)
-	s.mem.SetClock(func() int64 { return s.at().UnixNano() })
+	s.kernel.SetClock(func() int64 { return s.at().UnixNano() })
 	s.truth = &oracle{disks: map[dr.DiskID][]byte{}}
 	s.far = &farSide{disks: map[dr.DiskID][]byte{}, at: frame.Cursor{Machine: dr.MachineID{7}, Position: dr.Position{Timeline: 1}}}
 	for _, d := range disks {
@@ -83,21 +92,37 @@ func newSim(o simOptions) *sim {
 		if !o.empty {
 			s.scribble(image)
 		}
-		s.mem.SetImage(d.ID, image)
+		s.kernel.SetImage(d.ID, image)
 		s.truth.disks[d.ID] = image
 	}
-	s.out = newOutbox()
-	s.rep = newReplicator(s.source(), s.out, tuning{
-		memory: batchRoom + o.room, fold: true, frameBytes: 32 << 10, frameAge: 50 * time.Millisecond, heartbeat: 100 * time.Millisecond,
-		chunk: 16 << 10, resumeBelow: 32 << 10, written: o.written,
-		wait: 10 * time.Millisecond, resumeWait: 1, retry: time.Millisecond,
-	})
-	s.rep.blind = o.blind
+	if s.mem != nil {
+		s.start()
+	} else if err := s.reopen(); err != nil {
+		panic(err)
+	}
 	return s
+}
+
+func (s *sim) disksOf() (disks []capture.Disk) {
+	for i := range s.disks {
+		disks = append(disks, capture.Disk{ID: dr.DiskID(i + 3), Size: simDisk + int64(i)*dr.SectorSize*5})
+	}
+	return disks
+}
+
+func (s *sim) tuning() tuning {
+	return tuning{
+		memory: batchRoom + s.room, fold: true, frameBytes: 32 << 10, frameAge: 50 * time.Millisecond, heartbeat: 100 * time.Millisecond,
+		chunk: 16 << 10, resumeBelow: 32 << 10, written: s.written,
+		wait: 10 * time.Millisecond, resumeWait: 1, retry: time.Millisecond,
+	}
 }
 
 func (s *sim) source() capture.Source {
 	m := simSource{s.mem, s}
+	if s.pinned != nil {
+		return simSurvivor{m, s.pinned}
+	}
 	if s.plain {
 		return struct{ capture.Source }{m} // hides Overflow
 	}
@@ -149,6 +174,10 @@ func (s *sim) act() error {
 		return s.receive(1 + s.rng.IntN(4))
 	case n < 93:
 		s.ack()
+	case n == 93 && s.kills && s.rng.IntN(3) == 0:
+		return s.kill()
+	case n == 94 && s.reboots && s.rng.IntN(5) == 0:
+		return s.reboot()
 	case n < 95 && s.overflows:
 		s.mem.Overflow()
 	case n == 95 && s.breaks:
