@@ -42,6 +42,8 @@ type agent struct {
 	now    func() time.Time // the clock that deadlines are set by
 	still  *stillness
 	points schedule
+	// release ends a capture that goes on without a stream; nil if there is none such.
+	release func() error
 
 	notices chronicle
 	mu      struct {
@@ -158,7 +160,7 @@ func (a *agent) run(ctx context.Context) error {
 			a.rest(pb.Phase_PHASE_FAILED, err)
 			sleep(ctx, time.Hour, changed)
 		case w == nil:
-			a.rest(pb.Phase_PHASE_IDLE, nil)
+			a.rest(pb.Phase_PHASE_IDLE, a.letGo(p))
 			sleep(ctx, time.Hour, changed)
 		default:
 			err := a.replicate(ctx, w, reason)
@@ -167,6 +169,18 @@ func (a *agent) run(ctx context.Context) error {
 		}
 	}
 	return ctx.Err()
+}
+
+// letGo ends a capture that outlived its stream, when it was said that nothing
+// is to be replicated: not as long as nothing was said.
+func (a *agent) letGo(p *pb.AgentAssignment) error {
+	if p == nil || a.release == nil {
+		return nil
+	}
+	if err := a.release(); err != nil {
+		return fmt.Errorf("end the capture: %w", err)
+	}
+	return nil
 }
 
 // rest notes that there is no stream, and why.
@@ -220,6 +234,10 @@ func (a *agent) replicate(ctx context.Context, w *work, first Reason) (err error
 		return err
 	}
 	defer func() { err = errors.Join(err, o.src.Close()) }()
+	if o.remark != nil {
+		a.notices.add(notice{"capture-not-kept", true, o.remark.Error(), a.now()})
+		a.log.Warn("capture", "remark", o.remark)
+	}
 
 	tune := defaultTuning()
 	tune.memory, tune.codec = w.memory, w.codec

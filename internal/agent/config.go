@@ -40,8 +40,12 @@ type CaptureConfig struct {
 	Driver string `yaml:"driver"`
 	// Ring is the size of the buffer between the kernel, or the tap, and the
 	// agent. Default: the driver's.
-	Ring dr.Size   `yaml:"ring"`
-	Tap  TapConfig `yaml:"tap"`
+	Ring dr.Size `yaml:"ring"`
+	// Pin is a directory on a BPF file system in which the driver ebpf keeps the capture while the agent
+	// does not run: it goes on capturing, and the next agent goes on where this one stood. Default
+	// /sys/fs/bpf/farside; "off" ends the capture with the agent.
+	Pin string    `yaml:"pin"`
+	Tap TapConfig `yaml:"tap"`
 	// QEMU is the guest whose disks are captured from outside.
 	QEMU QEMUConfig `yaml:"qemu"`
 	Scan ScanConfig `yaml:"scan"`

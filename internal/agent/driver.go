@@ -1,13 +1,14 @@
 package agent
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"net"
 	"os"
+	"path/filepath"
 
 	"farside/internal/capture"
-	"farside/internal/capture/ebpf"
 	"farside/internal/capture/qemu"
 	"farside/internal/capture/tap"
 	"farside/internal/dr"
@@ -24,7 +25,8 @@ const (
 type opened struct {
 	src    capture.Source
 	driver string
-	used   bool // another stream took events of it over before
+	used   bool  // another stream took events of it over before
+	remark error // why it is not as good as it could be
 }
 
 // opener opens the Source of some disks; driver and ring override the
@@ -35,18 +37,22 @@ type opener func(disks []capture.Disk, driver string, ring int64) (opened, error
 // time, because its writers need their disks also while nothing is replicated.
 type drivers struct {
 	conf    CaptureConfig
+	pins    string      // where this machine's capture is pinned; "" if it is not
 	tap     *tap.Opened // nil: not set up
 	tapUsed bool
 	guest   *qemu.Guest // nil: not set up
 }
 
 // openDrivers sets up what must run all the time.
-func openDrivers(c CaptureConfig) (*drivers, error) {
+func openDrivers(c CaptureConfig, machine dr.MachineID) (*drivers, error) {
 	guest, err := openGuest(c.QEMU)
 	if err != nil {
 		return nil, err
 	}
 	d := &drivers{conf: c, guest: guest}
+	if c.Pin != pinOff {
+		d.pins = filepath.Join(cmp.Or(c.Pin, defaultPins), machine.String())
+	}
 	if !c.Tap.set() {
 		return d, nil
 	}
@@ -94,13 +100,18 @@ func (d *drivers) open(disks []capture.Disk, driver string, ring int64) (opened,
 	if driver == driverAuto {
 		driver = d.choose(disks)
 	}
+	if driver != driverEBPF {
+		if err := d.release(); err != nil {
+			return opened{}, fmt.Errorf("end the capture with ebpf: %w", err)
+		}
+	}
 	switch driver {
 	case driverEBPF:
-		src, err := ebpf.Open(disks, ebpf.Options{RingBytes: ring})
+		src, why, err := d.openEBPF(disks, ring)
 		if err != nil {
 			return opened{}, fmt.Errorf("capture with ebpf: %w", hint(err))
 		}
-		return checked(opened{src: src, driver: driver}, disks)
+		return checked(opened{src: src, driver: driver, remark: why}, disks)
 	case driverTap:
 		src, err := d.openTap(disks)
 		if err != nil {

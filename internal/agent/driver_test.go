@@ -45,7 +45,7 @@ func tapped(t *testing.T, path string) *drivers {
 	t.Helper()
 	d, err := openDrivers(CaptureConfig{Driver: driverAuto, Ring: 4 << 20, Tap: TapConfig{
 		Socket: filepath.Join(t.TempDir(), "tap"), Disks: []TapDisk{{"other", realFile(t)}, {"disk", path}},
-	}})
+	}}, dr.MachineID{1})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -171,7 +171,7 @@ func TestReplicateEBPF(t *testing.T) {
 	}
 	path := strings.TrimSpace(string(out))
 	t.Cleanup(func() { exec.Command("losetup", "--detach", path).Run() })
-	d, err := openDrivers(CaptureConfig{Driver: driverAuto})
+	d, err := openDrivers(CaptureConfig{Driver: driverAuto, Pin: pinOff}, dr.MachineID{1})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -210,7 +210,7 @@ func TestDriversRefuse(t *testing.T) {
 			t.Errorf("%s: %v, want %v", name, err, c.want)
 		}
 	}
-	none, err := openDrivers(CaptureConfig{Driver: driverAuto})
+	none, err := openDrivers(CaptureConfig{Driver: driverAuto, Pin: pinOff}, dr.MachineID{1})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -43,7 +43,7 @@ func Run(ctx context.Context, c Config, log *slog.Logger) (err error) {
 	}
 	machine := client.Identity().Peer().Machine
 	thawLeft(c.Points.ledger(machine), log)
-	d, err := openDrivers(c.Capture)
+	d, err := openDrivers(c.Capture, machine)
 	if err != nil {
 		return fmt.Errorf("start agent: %w", err)
 	}
@@ -52,6 +52,7 @@ func Run(ctx context.Context, c Config, log *slog.Logger) (err error) {
 	a := newAgent(d.open, dialAs(client.Identity()), int64(c.Memory), log)
 	a.news, a.now = client.ReportSoon, client.ServerTime
 	r := &reporter{agent: a, machine: machine, root: os.DirFS("/"), want: wantedOf(c), more: d.offered}
+	a.release = d.release
 	a.still = newStillness(quiesceWith(c.Points.ledger(machine)), c.Points.hooks(c.Data, machine))
 	var wg sync.WaitGroup
 	wg.Go(a.recoverHooks(machine))

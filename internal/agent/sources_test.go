@@ -38,7 +38,7 @@ func TestGuestThatDoesNotRun(t *testing.T) {
 	dir := t.TempDir()
 	d, err := openDrivers(CaptureConfig{
 		Driver: driverAuto, QEMU: QEMUConfig{Monitor: dir + "/qmp", Directory: dir + "/sockets", Disks: []string{"a", "b"}},
-	})
+	}, dr.MachineID{1})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -54,7 +54,7 @@ func TestGuestThatDoesNotRun(t *testing.T) {
 	if _, err := d.open(disks, "", 0); !errors.Is(err, dr.ErrUnavailable) {
 		t.Errorf("open: %v", err)
 	}
-	none, err := openDrivers(CaptureConfig{Driver: driverAuto})
+	none, err := openDrivers(CaptureConfig{Driver: driverAuto, Pin: pinOff}, dr.MachineID{1})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -120,7 +120,7 @@ func TestScanConfig(t *testing.T) {
 // TestReplicateScan: the agent's own way, with a file that changes between two scans.
 func TestReplicateScan(t *testing.T) {
 	path := realFile(t)
-	d, err := openDrivers(CaptureConfig{Driver: driverScan, Scan: ScanConfig{Every: time.Second, Tables: t.TempDir()}})
+	d, err := openDrivers(CaptureConfig{Driver: driverScan, Scan: ScanConfig{Every: time.Second, Tables: t.TempDir()}}, dr.MachineID{1})
 	if err != nil {
 		t.Fatal(err)
 	}

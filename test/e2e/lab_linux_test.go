@@ -7,7 +7,10 @@ import (
 	"path/filepath"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	farsidev1 "farside/internal/api/farside/v1"
+	"farside/internal/capture/ebpf"
 	"farside/internal/demo/stage"
 	"farside/internal/testenv"
 	"farside/test/load"
@@ -27,6 +30,7 @@ type labOptions struct {
 	fs       string                       // ext4 (default), xfs, btrfs
 	size     int64                        // of the disk
 	ring     string                       // of the capture; "" is the driver's default
+	pin      bool                         // the capture goes on without the agent
 	settings map[string]map[string]string // see stage.Options
 }
 
@@ -50,8 +54,12 @@ func newLab(t *testing.T, o labOptions) *lab {
 		t.Fatal(err)
 	}
 	t.Cleanup(l.leave)
+	pins := ""
+	if o.pin {
+		pins = l.pinDir()
+	}
 	l.stage, err = stage.Raise(t.Context(), stage.Options{
-		Dir: l.dir, Program: program(t), Driver: "ebpf", Disk: l.loop.Device, Ring: o.ring, Settings: o.settings,
+		Dir: l.dir, Program: program(t), Driver: "ebpf", Disk: l.loop.Device, Ring: o.ring, Pin: pins, Settings: o.settings,
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -67,6 +75,25 @@ func newLab(t *testing.T, o labOptions) *lab {
 		}
 	})
 	return l
+}
+
+// pinDir mounts a BPF file system for the capture. When it is unmounted, after the
+// agent has ended, nothing of the capture is left.
+func (l *lab) pinDir() string {
+	l.t.Helper()
+	dir := filepath.Join(l.dir, "bpf")
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		l.t.Fatal(err)
+	}
+	if err := ebpf.MountFileSystem(dir); err != nil {
+		l.t.Fatal(err)
+	}
+	l.t.Cleanup(func() {
+		if err := unix.Unmount(dir, 0); err != nil {
+			l.t.Error(err)
+		}
+	})
+	return filepath.Join(dir, "farside")
 }
 
 // leave unmounts the disk. It must be done before an image of a btrfs is

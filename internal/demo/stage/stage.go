@@ -9,6 +9,7 @@
 package stage
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -42,6 +43,7 @@ type Options struct {
 	Driver  string // of capture: "ebpf" or "tap"
 	Disk    string // the disk that a tap stands in front of
 	Ring    string // size of the capture's buffer; "" is the driver's default
+	Pin     string // where the capture is kept while the agent does not run; "": it ends with the agent
 	// Settings are further lines of configuration files, or others instead of the
 	// usual ones: by role ("agent") and key ("memory").
 	Settings map[string]map[string]string
@@ -70,7 +72,7 @@ func TapURI(dir string) string { return "nbd+unix:///?socket=" + filepath.Join(d
 
 // roles returns the roles that join. The agent offers the disk for protection.
 func (s *Stage) roles() []role {
-	capture := "{driver: " + s.Driver
+	capture := "{driver: " + s.Driver + ", pin: " + cmp.Or(s.Pin, "off")
 	if s.Ring != "" {
 		capture += ", ring: " + s.Ring
 	}
