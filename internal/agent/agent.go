@@ -9,8 +9,8 @@
 // agent, which does what the configuration server assigns. docs/agent.md shows the
 // states and why bulk reads and captured writes can't harm each other.
 //
-// The agent keeps no frames and no dirty map on disk: when it restarts, disks are
-// read again. It freezes nothing itself (package quiesce does) and decides nothing about
+// The agent keeps nothing of the stream on disk: what must outlive it lies in the
+// kernel (ledger, capture.Survivor). It freezes nothing itself (package quiesce does) and decides nothing about
 // policy.
 //
 // Concurrency: Run owns all goroutines and waits for them. A replicator belongs

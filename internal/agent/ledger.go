@@ -285,7 +285,8 @@ func (l *ledger) since(seq dr.Seq) (out []dr.Extent, ok bool) {
 	}
 	var in [256]bool
 	for g := oldest; g <= gen; g++ {
-		in[byteOf(g)] = g == gen || l.load(offStarts+8*int(byteOf(g+1))) > uint64(seq)
+		// One that ends at seq may hold what changed behind it: see cut.
+		in[byteOf(g)] = g == gen || l.load(offStarts+8*int(byteOf(g+1))) >= uint64(seq)
 	}
 	for i, d := range l.disks {
 		end := int64(len(l.blocks))
@@ -314,7 +315,7 @@ func (l *ledger) rangesOf(out []dr.Extent, d ledgerDisk, blocks []byte, in *[256
 }
 
 // cut forgets the frames behind the n-th, which ends at seq. What changed in them
-// counts as changed behind seq.
+// still counts as changed behind seq: their generations begin and end there.
 func (l *ledger) cut(n uint64, seq dr.Seq) {
 	l.store(offExact, 0)
 	gen := l.load(offGen)

@@ -176,7 +176,7 @@ func (f *fire) history(wanted []string) {
 func TestFireKill(t *testing.T) {
 	for _, role := range []string{"agent", "process-server", "master-target", "config-server"} {
 		t.Run(role, func(t *testing.T) {
-			burn(t, labOptions{size: fireDisk}, func(f *fire) {
+			burn(t, labOptions{size: fireDisk, pin: role == "agent"}, func(f *fire) {
 				for i := range 20 {
 					f.pause(50*time.Millisecond, 900*time.Millisecond)
 					f.kill(role, nil)
@@ -331,7 +331,7 @@ func TestFireThinWAN(t *testing.T) {
 
 // TestFireUpgrade: the agent is replaced by another program under load.
 func TestFireUpgrade(t *testing.T) {
-	burn(t, labOptions{size: fireDisk}, func(f *fire) {
+	burn(t, labOptions{size: fireDisk, pin: true}, func(f *fire) {
 		for i := range 3 {
 			if err := f.stage.Halt("agent", false); err != nil {
 				t.Fatal(err)
