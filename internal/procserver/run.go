@@ -106,6 +106,7 @@ func dialTarget(id *transport.Identity) dialer {
 		for addr := range strings.SplitSeq(r.addrs, ",") {
 			conn, err := id.DialPeer(ctx, addr, transport.Peer{Role: transport.RoleMasterTarget, Node: node})
 			if err == nil {
+				limitUnsent(conn)
 				return conn, nil
 			}
 			errs = append(errs, err)

@@ -151,6 +151,13 @@ func (p *Postgres) Bench(ctx context.Context, o recorder) error {
 	return errors.Join(err, kill)
 }
 
+// BenchAt runs pgbench at a rate of transactions per second, for a time in whole seconds.
+func (p *Postgres) BenchAt(ctx context.Context, rate int, length time.Duration) error {
+	_, err := postgresTool(ctx, "pgbench", "-h", p.sockets, "-n", "-c", "4", "-R", strconv.Itoa(rate),
+		"-T", strconv.Itoa(int(length/time.Second)), "postgres")
+	return err
+}
+
 // mark commits markers through one psql, whose answer to each it awaits.
 func (p *Postgres) mark(ctx context.Context, o recorder) error {
 	cmd := exec.Command(filepath.Join(PostgresBin(), "psql"), "-h", p.sockets, "-X", "-A", "-t", "-v", "ON_ERROR_STOP=1", "-d", "postgres")
