@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -171,6 +172,7 @@ func TestFileSystemPoints(t *testing.T) {
 					t.Logf("a point took %s", time.Since(began).Round(time.Millisecond))
 				}
 			})
+			t.Logf("%s was frozen for %s", kind, strings.Join(l.frozenFor(), ", "))
 			l.leave()
 			for _, p := range still {
 				if why, err := clean[kind](l.image(p.GetPosition())); err != nil || why != "" {
@@ -211,5 +213,87 @@ func TestPointWithoutFileSystem(t *testing.T) {
 	p = l.try("y", application)
 	if p.GetConsistency() != crash || p.GetDetail() == "" {
 		t.Errorf("it is %v: %q", p.GetConsistency(), p.GetDetail())
+	}
+}
+
+// frozenFor returns how long file systems were frozen for points, as the agent says.
+func (l *lab) frozenFor() (all []string) {
+	l.t.Helper()
+	text, err := os.ReadFile(filepath.Join(l.dir, "agent.log"))
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	for _, m := range regexp.MustCompile(`msg="made a point".* for=([^ ]+)`).FindAllStringSubmatch(string(text), -1) {
+		all = append(all, m[1])
+	}
+	return all
+}
+
+// TestAgentKilledAtPoint: an agent that is killed while a hook runs leaves nothing behind: the next one
+// undoes what was prepared, and makes the point that is still wanted.
+func TestAgentKilledAtPoint(t *testing.T) {
+	testenv.NeedRoot(t)
+	t.Parallel()
+	dir := t.TempDir()
+	told := filepath.Join(dir, "told")
+	for phase, script := range map[string]string{
+		"pre-freeze": "echo pre >> " + told + "; [ -e " + told + ".slow ] && sleep 10",
+		"post-thaw":  `echo "post $FARSIDE_RESULT" >> ` + told,
+	} {
+		d := filepath.Join(dir, phase+".d")
+		err := errors.Join(os.Mkdir(d, 0o755), os.WriteFile(filepath.Join(d, "x"), []byte("#!/bin/sh\n"+script+"\ntrue\n"), 0o755))
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	l := newLab(t, labOptions{size: 64 << 20, settings: map[string]map[string]string{
+		"agent": {"points": fmt.Sprintf("{hooks: %q, run: %q}", dir, dir+"/run")},
+	}})
+	l.protect(l.loop.Device)
+	l.exact(60 * time.Second)
+	if err := os.WriteFile(told+".slow", nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	reached := make(chan *farsidev1.TagPoint, 1)
+	go func() {
+		r, err := l.stage.Far.Client.TagPoint(t.Context(), &farsidev1.TagPointRequest{
+			Machine: l.stage.Far.Machine, Name: "cut off", Consistency: application, TimeoutMs: 60_000,
+		})
+		if err != nil {
+			t.Error(err)
+		}
+		reached <- r.GetTag()
+	}()
+	said := func() string {
+		text, err := os.ReadFile(told)
+		if err != nil {
+			return ""
+		}
+		return string(text)
+	}
+	waitFor(t, "the hook", func() bool { return said() == "pre\n" })
+	if err := errors.Join(l.stage.Halt("agent", true), os.Remove(told+".slow")); err != nil {
+		t.Fatal(err)
+	}
+	if err := l.stage.Again("agent"); err != nil {
+		t.Fatal(err)
+	}
+	if p := <-reached; p.GetConsistency() != application {
+		t.Errorf("the point is %v: %s", p.GetConsistency(), p.GetDetail())
+	}
+	waitFor(t, "the hooks of the second attempt", func() bool { return said() == "pre\npost failed\npre\npost ok\n" })
+	waitFor(t, "an empty directory of runs", func() bool {
+		left, err := filepath.Glob(dir + "/run/*/*")
+		return err == nil && len(left) == 0
+	})
+}
+
+// waitFor waits until something is so.
+func waitFor(t *testing.T, what string, is func() bool) {
+	t.Helper()
+	for end := time.Now().Add(30 * time.Second); !is(); time.Sleep(20 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("waited in vain for %s", what)
+		}
 	}
 }
