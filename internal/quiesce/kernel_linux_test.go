@@ -174,6 +174,32 @@ func TestKernel(t *testing.T) {
 	}
 }
 
+// TestOnlyAFileIsMounted: a container may see nothing of a file system but one file.
+func TestOnlyAFileIsMounted(t *testing.T) {
+	t.Parallel()
+	l := newLoopFS(t, memory(t), "ext4", 64<<20)
+	file := filepath.Join(t.TempDir(), "file")
+	if err := errors.Join(os.WriteFile(file, nil, 0o600), os.WriteFile(l.mount+"/inner", nil, 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	run(t, "mount", "--bind", l.mount+"/inner", file)
+	t.Cleanup(func() { run(t, "umount", file) })
+	run(t, "umount", l.mount)
+	t.Cleanup(func() { run(t, "mount", l.device, l.mount) }) // for the other clean-up
+	s, err := Prepare(t.Context(), Options{Disks: []string{l.device}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Hold(t.Context(), 5*time.Second); err != nil {
+		t.Fatal(err)
+	}
+	loopFS{mount: file}.wantFrozen(t, true)
+	if r, err := s.Release(); err != nil || len(r.Frozen) != 1 || r.Frozen[0] != file {
+		t.Errorf("%+v, %v", r, err)
+	}
+	loopFS{mount: file}.wantFrozen(t, false)
+}
+
 // TestOthersFreeze: what somebody else froze is left frozen, and nothing else stays so.
 func TestOthersFreeze(t *testing.T) {
 	t.Parallel()

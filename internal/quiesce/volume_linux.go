@@ -17,8 +17,8 @@ const (
 	fiThaw   = 0xC0045878
 )
 
-// openVolume opens the directory by which a file system is frozen. A mount that is
-// hidden by another one is passed over for the next.
+// openVolume opens the directory, or the file if only files of it are mounted, by which a
+// file system is frozen. A mount that is hidden by another one is passed over for the next.
 func openVolume(f FileSystem) (volume, error) {
 	var last error
 	for _, m := range f.mounts {
@@ -32,14 +32,19 @@ func openVolume(f FileSystem) (volume, error) {
 }
 
 func openMount(m mount) (*os.File, error) {
-	fd, err := unix.Open(m.path, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC|unix.O_NOATIME, 0)
+	// Not waiting for the other end of a pipe, and not following a link to elsewhere.
+	fd, err := unix.Open(m.path, unix.O_RDONLY|unix.O_NONBLOCK|unix.O_NOFOLLOW|unix.O_CLOEXEC|unix.O_NOATIME, 0)
 	if err != nil {
 		return nil, err
 	}
 	var st unix.Statx_t
-	err = unix.Statx(fd, "", unix.AT_EMPTY_PATH, unix.STATX_MNT_ID, &st)
-	if err == nil && strconv.FormatUint(st.Mnt_id, 10) != m.id {
+	err = unix.Statx(fd, "", unix.AT_EMPTY_PATH, unix.STATX_MNT_ID|unix.STATX_TYPE, &st)
+	switch {
+	case err != nil:
+	case strconv.FormatUint(st.Mnt_id, 10) != m.id:
 		err = fmt.Errorf("another file system is mounted over it: %w", dr.ErrUnavailable)
+	case !plain(uint32(st.Mode)):
+		err = fmt.Errorf("it is neither a directory nor a file: %w", dr.ErrUnsupported)
 	}
 	if err != nil {
 		return nil, errors.Join(err, unix.Close(fd))
@@ -47,7 +52,13 @@ func openMount(m mount) (*os.File, error) {
 	return os.NewFile(uintptr(fd), m.path), nil
 }
 
-// directory is a directory of a file system that is to be frozen.
+// plain reports whether a mode is that of a directory or file: a request to any other would
+// go to a device.
+func plain(mode uint32) bool {
+	return mode&unix.S_IFMT == unix.S_IFDIR || mode&unix.S_IFMT == unix.S_IFREG
+}
+
+// directory is a directory, or a file, of a file system that is to be frozen.
 type directory struct {
 	*os.File
 	fs FileSystem

@@ -50,12 +50,12 @@ func lockMemory() error {
 	return unix.Mlockall(unix.MCL_CURRENT | unix.MCL_FUTURE | unix.MCL_ONFAULT)
 }
 
-// inherited counts the directories from firstFile on.
+// inherited counts the directories and files from firstFile on.
 func inherited() int {
 	n := 0
 	for ; n < maxFiles; n++ {
 		var st unix.Stat_t
-		if unix.Fstat(firstFile+n, &st) != nil || st.Mode&unix.S_IFMT != unix.S_IFDIR {
+		if unix.Fstat(firstFile+n, &st) != nil || !plain(st.Mode) {
 			break
 		}
 		unix.CloseOnExec(firstFile + n)
