@@ -187,7 +187,9 @@ func (m *pointMaker) make(ctx context.Context, t dr.Tag) error {
 		o.Disks = append(o.Disks, d.Path)
 	}
 	if t.Consistency == dr.Application {
-		o.Hooks = m.hooks
+		if o.Hooks = m.hooks; o.Hooks == nil {
+			return fmt.Errorf("this machine has no hooks: %w", quiesce.ErrHook)
+		}
 	}
 	s, end, err := m.begin(ctx, o)
 	if err != nil {

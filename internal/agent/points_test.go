@@ -291,6 +291,22 @@ func TestPointFallsBack(t *testing.T) {
 	}
 }
 
+// TestNoHooks: without hooks there is no application point.
+func TestNoHooks(t *testing.T) {
+	onIce(t, 10*time.Millisecond, func(l *lab, b *iceBox) {
+		l.still.hooks = nil
+		tags := []*pb.TagRequest{ask(pb.Consistency_CONSISTENCY_APPLICATION, "x")}
+		l.assign(l.assignment(func(p *pb.AgentAssignment) { p.Tags = tags }))
+		time.Sleep(2 * time.Second)
+		if r := l.results(tags)["x"]; r.GetConsistency() != pb.Consistency_CONSISTENCY_CRASH || !strings.Contains(r.GetDetail(), "no hooks") {
+			t.Errorf("became %v", r)
+		}
+		if n := len(b.sessions()); n != 0 {
+			t.Errorf("%d sessions", n)
+		}
+	})
+}
+
 // TestPointWithRemark: what can't be frozen, and hooks that fail behind the point, are told.
 func TestPointWithRemark(t *testing.T) {
 	onIce(t, 10*time.Millisecond, func(l *lab, b *iceBox) {

@@ -24,10 +24,15 @@ const (
 	application = farsidev1.Consistency_CONSISTENCY_APPLICATION
 )
 
-// point makes a point and fails the test if it is not as consistent as was asked.
+// point makes a point and fails the test if it is not as consistent as was asked. That
+// a machine with much else to do can't keep up is no failure: it is asked again.
 func (f *far) point(name string, kind farsidev1.Consistency) *farsidev1.TagPoint {
 	f.t.Helper()
 	p := f.try(name, kind)
+	for try := 0; try < 3 && strings.Contains(p.GetDetail(), "calm stream"); try++ {
+		f.t.Logf("again, since %s", p.GetDetail())
+		p = f.try(name, kind)
+	}
 	if p.GetConsistency() != kind {
 		f.t.Fatalf("point %q is %v: %s", name, p.GetConsistency(), p.GetDetail())
 	}
