@@ -328,7 +328,7 @@ func TestKilledWhileReplacing(t *testing.T) {
 	stop := writers(t, b.devs[1], 8<<20, 2, 200*time.Microsecond)
 	rng := rand.New(rand.NewPCG(5, 5))
 	states := map[string]int{}
-	for range 12 {
+	for range 8 {
 		if err := s.Close(); err != nil {
 			t.Fatal(err)
 		}

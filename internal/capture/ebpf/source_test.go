@@ -23,10 +23,14 @@ import (
 	"farside/internal/testenv"
 )
 
-func TestConformance(t *testing.T) { capturetest.Run(t, newTarget) }
+func TestConformance(t *testing.T) {
+	t.Parallel()
+	capturetest.Run(t, newTarget)
+}
 
 // TestConformanceBioBased runs the suite on zram, whose bios become no requests.
 func TestConformanceBioBased(t *testing.T) {
+	t.Parallel()
 	capturetest.Run(t, func(t *testing.T, c capturetest.Config) *capturetest.Target {
 		target := &capturetest.Target{Block: 4096, NoFlush: true}
 		var paths []string
@@ -43,6 +47,7 @@ func TestConformanceBioBased(t *testing.T) {
 
 // TestConformanceLargeSectors runs the suite on disks with sectors of 4 KiB (4Kn).
 func TestConformanceLargeSectors(t *testing.T) {
+	t.Parallel()
 	capturetest.Run(t, func(t *testing.T, c capturetest.Config) *capturetest.Target {
 		target := &capturetest.Target{Block: 4096}
 		var paths []string
@@ -60,6 +65,7 @@ func TestConformanceLargeSectors(t *testing.T) {
 // TestConformancePartitions runs the suite on several partitions of one disk and another whole
 // disk: one order over all of them.
 func TestConformancePartitions(t *testing.T) {
+	t.Parallel()
 	testenv.NeedTool(t, "addpart")
 	capturetest.Run(t, func(t *testing.T, c capturetest.Config) *capturetest.Target {
 		target := &capturetest.Target{}
