@@ -103,8 +103,15 @@ func newZram(t *testing.T, size int64) string {
 	}
 	n := strings.TrimSpace(string(id))
 	t.Cleanup(func() {
-		if err := os.WriteFile("/sys/class/zram-control/hot_remove", []byte(n), 0); err != nil {
-			t.Error(err)
+		for begin := time.Now(); ; time.Sleep(10 * time.Millisecond) { // a process that is being started may have it open
+			err := os.WriteFile("/sys/class/zram-control/hot_remove", []byte(n), 0)
+			if err == nil {
+				return
+			}
+			if time.Since(begin) > 10*time.Second {
+				t.Error(err)
+				return
+			}
 		}
 	})
 	if err := os.WriteFile("/sys/block/zram"+n+"/disksize", []byte(strconv.FormatInt(size, 10)), 0); err != nil {
