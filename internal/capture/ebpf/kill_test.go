@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -203,6 +204,13 @@ func TestKill(t *testing.T) {
 	}
 }
 
+// floor returns what has been released of what is pinned.
+func floor(t *testing.T, pins string) (pos uint64) {
+	t.Helper()
+	editNotes(t, filepath.Join(pins, pinLive), func(n *notes) { pos = atomic.LoadUint64(&n.Floor) })
+	return pos
+}
+
 // TestKillReleased: what a killed process released is gone, all else is there.
 func TestKillReleased(t *testing.T) {
 	b := newBench(t, 8<<20)
@@ -214,9 +222,14 @@ func TestKillReleased(t *testing.T) {
 	}
 	rng := rand.New(rand.NewPCG(2, 1))
 	kill := startChild(t, childTask{Sets: [][]capture.Disk{b.disks}, Options: o, Release: true})
-	for range 40 { // many times the ring
+	for want := floor(t, b.pins); oracle.Due() < 1000; { // many times the ring
 		b.load(t, rng, 50, oracle)
-		time.Sleep(8 * time.Millisecond)
+		want += 50 * 4128
+		for begin := time.Now(); floor(t, b.pins) < want; time.Sleep(time.Millisecond) {
+			if time.Since(begin) > 30*time.Second {
+				t.Fatalf("released to %d, want %d", floor(t, b.pins), want)
+			}
+		}
 	}
 	kill()
 	b.load(t, rng, 100, oracle)
