@@ -16,6 +16,7 @@ import (
 	"runtime"
 	"strings"
 	"testing"
+	"time"
 )
 
 // Missing skips t with the reason, or fails it if FARSIDE_REQUIRE says so.
@@ -51,9 +52,14 @@ func NeedLoop(t testing.TB) {
 	t.Helper()
 	NeedRoot(t)
 	NeedTool(t, "losetup")
-	if err := tryLoop(t.TempDir()); err != nil {
-		Missing(t, "a loop device that can be attached: "+err.Error())
+	var err error
+	for range 10 { // another process may attach, or remove, the device that losetup has found
+		if err = tryLoop(t.TempDir()); err == nil {
+			return
+		}
+		time.Sleep(50 * time.Millisecond)
 	}
+	Missing(t, "a loop device that can be attached: "+err.Error())
 }
 
 func tryLoop(dir string) error {

@@ -82,7 +82,7 @@ func newVM(t *testing.T) *vm {
 	v.disk = filepath.Join(v.dir, "disk.img")
 	p, ps := freePort(t), freePort(t)
 	v.stage, err = stage.Raise(t.Context(), stage.Options{
-		Dir: v.dir, Program: program(t), Driver: "ebpf", Ring: "16MiB", Elsewhere: true,
+		Dir: v.dir, Program: program(t), Driver: "ebpf", Ring: "16MiB", Pin: "/sys/fs/bpf/farside", Elsewhere: true,
 		Settings: map[string]map[string]string{
 			"config-server":  {"listen": "127.0.0.1:" + p, "advertise": fmt.Sprintf("[127.0.0.1:%[1]s, 10.0.2.2:%[1]s]", p)},
 			"process-server": {"listen": "127.0.0.1:" + ps, "advertise": "10.0.2.2:" + ps},

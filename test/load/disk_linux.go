@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -30,10 +31,11 @@ func NewLoop(file string, size int64) (*Loop, error) {
 	// Another process may attach the device that losetup has found.
 	var out string
 	var err error
-	for range 5 {
+	for range 10 {
 		if out, err = run("losetup", "--find", "--show", file); err == nil {
 			return &Loop{Device: strings.TrimSpace(out), File: file}, nil
 		}
+		time.Sleep(50 * time.Millisecond)
 	}
 	return nil, err
 }
@@ -60,8 +62,14 @@ func (l *Loop) Mount(dir string, args ...string) (unmount func() error, err erro
 	if _, err := run("mount", append(args, l.Device, dir)...); err != nil {
 		return nil, err
 	}
-	return func() error {
-		_, err := run("umount", dir)
+	return func() (err error) {
+		// A process that another test is just starting may hold what this one has open.
+		for range 20 {
+			if _, err = run("umount", dir); err == nil || !strings.Contains(err.Error(), "busy") {
+				return err
+			}
+			time.Sleep(100 * time.Millisecond)
+		}
 		return err
 	}, nil
 }
