@@ -42,6 +42,7 @@ type agent struct {
 	now    func() time.Time // the clock that deadlines are set by
 	still  *stillness
 	points schedule
+	first  Reason // of the sync behind a start, if the stream can't go on
 	// release ends a capture that goes on without a stream; nil if there is none such.
 	release func() error
 
@@ -58,7 +59,7 @@ type agent struct {
 }
 
 func newAgent(open opener, dial dialer, memory int64, log *slog.Logger) *agent {
-	a := &agent{open: open, dial: dial, memory: memory, log: log, news: func() {}, now: time.Now}
+	a := &agent{first: ReasonRestart, open: open, dial: dial, memory: memory, log: log, news: func() {}, now: time.Now}
 	a.mu.changed = make(chan struct{})
 	a.mu.phase = pb.Phase_PHASE_IDLE
 	return a
@@ -151,7 +152,7 @@ const reopenAfter = 5 * time.Second
 
 // run does what is assigned until ctx ends.
 func (a *agent) run(ctx context.Context) error {
-	reason := ReasonRestart
+	reason := a.first
 	for ctx.Err() == nil {
 		p, changed := a.assignment()
 		w, err := workOf(p, a.memory)

@@ -31,6 +31,8 @@ type Reason string
 const (
 	ReasonInitial  Reason = "initial"         // the far side holds nothing of this machine
 	ReasonRestart  Reason = "agent-restart"   // the agent was not running: anything may have been written
+	ReasonReboot   Reason = "reboot"          // the machine was shut down and booted: nothing captured what was written late and early
+	ReasonUnclean  Reason = "unclean-stop"    // the machine stopped without telling the agent, and was booted
 	ReasonReopened Reason = "capture-restart" // the capture was opened anew: disks or settings changed, or it failed
 	ReasonOverflow Reason = "overflow"        // changes came faster than they could be taken over
 	ReasonGap      Reason = "receiver-gap"    // the receiver lost frames that were freed here
@@ -47,6 +49,10 @@ func (r Reason) text() string {
 		return "initial replication"
 	case ReasonRestart:
 		return "the agent was not running"
+	case ReasonReboot:
+		return "the machine was booted again: writes after the agent's end and before its start were not captured"
+	case ReasonUnclean:
+		return "the machine stopped without warning and was booted again"
 	case ReasonReopened:
 		return "the capture was opened anew"
 	case ReasonOverflow:

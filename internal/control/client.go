@@ -232,6 +232,25 @@ func saveAssignment(dir string, a *farsidev1.Assignment) error {
 	return nil
 }
 
+// Keep writes a small file of the node into its data directory, whole or not at all. It
+// does not wait for a disk that makes it wait: the newest content is written when it can be. name is
+// a plain file name that is not one of this package's.
+func (c *Client) Keep(name string, content []byte) error {
+	if err := c.disk.keep(name, func() error { return transport.WriteFile(filepath.Join(c.dir, name), content) }); err != nil {
+		return fmt.Errorf("keep %s: %w", name, err)
+	}
+	return nil
+}
+
+// Kept reads what Keep wrote; the error wraps fs.ErrNotExist if there is nothing.
+func (c *Client) Kept(name string) ([]byte, error) {
+	b, err := os.ReadFile(filepath.Join(c.dir, name))
+	if err != nil {
+		return nil, fmt.Errorf("read kept file: %w", err)
+	}
+	return b, nil
+}
+
 // accept takes over a new assignment: on disk first, so that a restart knows it too, unless
 // the disk makes it wait.
 func (c *Client) accept(a *farsidev1.Assignment) {
