@@ -161,13 +161,24 @@ func (f *Frame) Compress(c Compression) ([]byte, error) {
 	if f.Kind == TagKind || f.RawLen == 0 || c > MostCompression {
 		return f.b, f.Verify()
 	}
-	raw, err := f.Payload(make([]byte, 0, f.RawLen))
+	raw, err := f.plain()
 	if err != nil {
 		return nil, err
 	}
 	h := f.Header
 	h.Codec = c.Codec()
 	return assemble(&h, f.b[HeaderSize:HeaderSize+entrySize*h.Extents], raw, c), nil
+}
+
+// plain returns the verified payload, without a copy if it lies there as it is.
+func (f *Frame) plain() ([]byte, error) {
+	if f.Codec != None {
+		return f.Payload(make([]byte, 0, f.RawLen))
+	}
+	if err := f.Verify(); err != nil {
+		return nil, err
+	}
+	return f.b[f.TablesSize():f.Size()], nil
 }
 
 // assemble lays out a frame: it fills in StoredLen, both checksums and the
