@@ -25,6 +25,7 @@ sqlite3|sqlite3|judges recovered databases
 postgresql|/usr/lib/postgresql|is started on recovered disks, and judges them
 mariadb-server|mariadbd|is frozen by its hook, and started on recovered disks
 shellcheck|shellcheck|checks the hooks that come with the program
+rsync|rsync|is what the bytes over the WAN are compared with
 jq|jq|reads the answers of benchmarks and of the demo
 wine64|/usr/lib/wine/wine64|runs the agent for windows/amd64 (never as root)
 '

@@ -1,6 +1,7 @@
 package confserver
 
 import (
+	"fmt"
 	"time"
 
 	"farside/internal/catalog"
@@ -193,6 +194,12 @@ func (f facts) warnings(agent *farsidev1.AgentReport, target *farsidev1.TargetSt
 		case node.error != "":
 			all = append(all, failure(node.what+"-error", 0, node.what+": "+node.error))
 		}
+	}
+	if stream.GetBehind() && f.fresh(f.process) {
+		n := failure("link-behind", 0, fmt.Sprintf("the link to the master target is slower than the changes: %d MB wait, the oldest for %d s; the newest data goes first, without the points in between",
+			stream.GetBacklogBytes()/1e6, stream.GetBacklogAgeMs()/1000))
+		n.Severity = farsidev1.Severity_SEVERITY_WARNING
+		all = append(all, n)
 	}
 	for _, s := range agent.GetDisks() {
 		if s.GetError() != "" {
