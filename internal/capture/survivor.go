@@ -61,7 +61,7 @@ type Survivor interface {
 	// process opened them. If the Source was adopted, that is all of them. If it replaced
 	// a capture of other disks, it is the disks that are in both: what was in that
 	// one's stream (and not released), dirty set, or in flight is in the dirty
-	// set. Of the others, everything may have changed.
+	// set. So is what such a disk has grown by. Of the others, everything may have changed.
 	Inherited() []dr.DiskID
 
 	// Position is where the stream stands: behind the last event that was handed

@@ -7,6 +7,7 @@ import (
 	"sync/atomic"
 
 	"farside/internal/capture"
+	"farside/internal/dr"
 )
 
 // slack is how much more than the programs saw the kernel may count, bytes, before it is
@@ -90,10 +91,14 @@ func (s *source) addCounters(st *capture.Stats, i int) {
 }
 
 // judge notes for good if it is certain that changes of a disk were missed: the kernel
-// counted much more than the programs saw, or it is another disk.
+// counted much more than the programs saw, or it is another disk. A disk that has grown
+// is not judged by its counters: its tail is not watched, and whoever opens it anew knows.
 func (s *source) judge(d *device, one capture.DiskStats) {
 	// On a device without requests what began before the capture is not known.
 	gone := d.mq && one.KernelBytes > one.SeenBytes+slack
+	if sectors, err := readNumber(d.sysfs + "/size"); err == nil && int64(sectors) != d.disk.Size/dr.SectorSize {
+		gone = false
+	}
 	if seq, err := d.readSeq(); err != nil || seq != d.seq {
 		gone = true
 	}

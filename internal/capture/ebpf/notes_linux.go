@@ -76,6 +76,14 @@ type metaDisk struct {
 	Seq   uint64 `json:"seq"`
 }
 
+// becomes reports whether is may be d at a later time: the same disk, or the same after it
+// has grown. Of the tail that it grew by nothing is known.
+func (d metaDisk) becomes(is metaDisk) (tail dr.Extent, ok bool) {
+	tail = dr.Extent{Disk: dr.DiskID(is.ID), Offset: d.Size, Length: is.Size - d.Size}
+	d.Size = is.Size
+	return tail, d == is && tail.Length >= 0
+}
+
 func metaOf(devs []*device, o Options) meta {
 	m := meta{Ring: o.RingBytes, Block: o.BlockSize, BitmapOnly: o.BitmapOnly}
 	for _, d := range devs {

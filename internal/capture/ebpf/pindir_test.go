@@ -190,6 +190,27 @@ func TestMeta(t *testing.T) {
 	}
 }
 
+func TestBecomes(t *testing.T) {
+	d := metaDisk{ID: 3, Dev: 7, Start: 1, Size: 4096, Seq: 9}
+	for _, c := range []struct {
+		is   metaDisk
+		tail int64 // -1: another disk
+	}{
+		{d, 0},
+		{metaDisk{3, 7, 1, 8192, 9}, 4096},
+		{metaDisk{3, 7, 1, 2048, 9}, -1}, // shrunk
+		{metaDisk{4, 7, 1, 4096, 9}, -1},
+		{metaDisk{3, 8, 1, 8192, 9}, -1},
+		{metaDisk{3, 7, 2, 4096, 9}, -1},
+		{metaDisk{3, 7, 1, 4096, 10}, -1},
+	} {
+		tail, ok := d.becomes(c.is)
+		if ok != (c.tail >= 0) || ok && tail != (dr.Extent{Disk: 3, Offset: 4096, Length: c.tail}) {
+			t.Errorf("%+v: %v, %v", c.is, tail, ok)
+		}
+	}
+}
+
 func FuzzMeta(f *testing.F) {
 	good, _ := json.Marshal(meta{Ring: 1 << 20, Block: 4096, Disks: []metaDisk{{ID: 1, Size: 1 << 20}}})
 	f.Add(good)

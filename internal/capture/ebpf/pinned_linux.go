@@ -203,10 +203,15 @@ func (s *source) inherit(old *loaded, m meta) ([]dr.DiskID, error) {
 	var ids []dr.DiskID
 	for _, was := range m.Disks {
 		for _, is := range metaOf(s.devs, s.opts).Disks {
-			if was == is {
-				keep.same[dr.DiskID(is.ID)] = true
-				ids = append(ids, dr.DiskID(is.ID))
+			tail, ok := was.becomes(is)
+			if !ok {
+				continue
 			}
+			if err := s.bitmap.Mark(tail); err != nil {
+				return nil, err
+			}
+			keep.same[tail.Disk] = true
+			ids = append(ids, tail.Disk)
 		}
 	}
 	if err := keep.ring(old); err != nil {

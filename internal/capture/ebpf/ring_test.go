@@ -213,3 +213,22 @@ func TestOpenElsewhere(t *testing.T) {
 		t.Errorf("open: %v", err)
 	}
 }
+
+// FuzzRing reads a ring whose memory says anything: it ends, and stays within bounds.
+func FuzzRing(f *testing.F) {
+	f.Add([]byte{8, 0, 0, 0}, uint64(64), uint64(0))
+	f.Add(bytes.Repeat([]byte{255, 255, 255, 63}, 100), uint64(4096), uint64(8))
+	f.Fuzz(func(t *testing.T, content []byte, producer, from uint64) {
+		r := newFakeRing(4096).ring
+		copy(r.data, content)
+		from &= 1<<20 - 8
+		producer = from + min(producer&^7, r.size)
+		*r.producer, r.pos = producer, from
+		for r.next() != nil {
+			if r.pos <= from {
+				t.Fatal("the ring does not move")
+			}
+		}
+		r.begins(from, producer)
+	})
+}

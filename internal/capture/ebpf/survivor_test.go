@@ -126,6 +126,58 @@ func TestForgetLeavesNothing(t *testing.T) {
 	}
 }
 
+// TestGrown: of a disk that has grown nothing is missed, and its tail is dirty.
+func TestGrown(t *testing.T) {
+	pins := newPins(t)
+	file := filepath.Join(t.TempDir(), "disk")
+	if err := os.WriteFile(file, make([]byte, 4<<20), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	loop := attachLoop(t, file)
+	disks, o := []capture.Disk{{ID: 1, Path: loop}}, Options{RingBytes: 16 << 20, Pin: pins, Hold: true}
+	s, err := openSurvivor(disks, o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { s.Forget(); s.Close() }()
+	r := capturetest.NewReplicator(s)
+	closeExact(t, r)
+	s.Release(s.Position())
+	dev := openBlock(t, loop)
+	write := func(off int64) {
+		if _, err := dev.WriteAt(capturetest.Pattern(uint64(off), 4096), off); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write(8192)
+	if err := os.Truncate(file, 6<<20); err != nil {
+		t.Fatal(err)
+	}
+	run(t, "losetup", "--set-capacity", loop)
+	for range 3 {
+		if _, err := dev.WriteAt(make([]byte, 2<<20), 4<<20); err != nil { // in the tail, which nobody watches
+			t.Fatal(err)
+		}
+	}
+	write(5 << 20)
+	write(1 << 20)
+	if s.Stats().Detached {
+		t.Error("a disk that has grown counts as detached")
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if s, err = openSurvivor(disks, o); err != nil {
+		t.Fatal(err)
+	}
+	if n, err := s.Dirty(); s.Adopted() || len(s.Inherited()) != 1 || n != 2<<20+2*4096 || err != nil {
+		t.Errorf("adopted %v, inherited %v, %d bytes dirty, %v", s.Adopted(), s.Inherited(), n, err)
+	}
+	r = capturetest.NewReplicator(s) // of zeroes, as the disk was
+	closeExact(t, r)
+	mustEqual(t, r)
+}
+
 // TestRemove takes pins away whose disk is gone.
 func TestRemove(t *testing.T) {
 	pins := newPins(t)
