@@ -134,9 +134,11 @@ func (m *Machine) Boot(ctx context.Context, task Task) (Report, error) {
 // Command returns the command line of a guest without any device but its processor: with an accelerator, an
 // initramfs, further words for the kernel, and further arguments of QEMU. It dies with the caller.
 func (m *Machine) Command(ctx context.Context, accel, initramfs, words string, args ...string) *exec.Cmd {
+	// Without no_timer_check the kernel tests its timer against the clock of an emulated processor, and gives up if that
+	// is starved of time.
 	cmd := exec.CommandContext(ctx, m.qemu, append([]string{
 		"-nodefaults", "-no-user-config", "-accel", accel, "-display", "none", "-monitor", "none",
-		"-kernel", m.kernel, "-initrd", initramfs, "-append", "console=ttyS0 quiet " + words,
+		"-kernel", m.kernel, "-initrd", initramfs, "-append", "console=ttyS0 quiet no_timer_check " + words,
 	}, args...)...)
 	cmd.WaitDelay = 5 * time.Second
 	dieWithParent(cmd)
