@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"maps"
+	"math/rand/v2"
 	"syscall"
 	"testing"
 	"testing/synctest"
@@ -309,4 +310,35 @@ func TestFailuresInAFold(t *testing.T) {
 			}
 		}
 	}
+}
+
+// BenchmarkFold folds 256 MiB of random 4 KiB writes to 16 MiB, of which zstd leaves half, on the disk.
+func BenchmarkFold(b *testing.B) {
+	const frames, writes, places = 256, 256, 4096
+	rng := rand.New(rand.NewPCG(1, 1))
+	page, noise := make([]byte, 4096), rand.NewChaCha8([32]byte{})
+	for b.Loop() {
+		b.StopTimer()
+		s := must(Open(vfs.OS(), b.TempDir()+"/m", Options{}))
+		must(0, s.Reset(origin))
+		must(s.ReadFrom(origin))
+		e := frame.NewEncoder(origin, frame.Zstd)
+		for range frames {
+			e.Begin(frame.Changes, dr.Exact, false)
+			for range writes {
+				must(noise.Read(page[:2048]))
+				must(e.Add(dr.Extent{Offset: rng.Int64N(places) << 12, Length: 4096}, dr.Data, 0, page))
+			}
+			must(0, s.Append(b.Context(), []*frame.Frame{must(frame.Parse(must(e.Finish())))}))
+		}
+		must(0, s.Sync())
+		b.StartTimer()
+		done := must(s.Fold(b.Context(), FoldOptions{Compression: frame.ZstdFastest}))
+		b.StopTimer()
+		b.ReportMetric(float64(done.Data)/float64(done.DataAfter), "times-less")
+		b.ReportMetric(float64(done.Before)/(1<<20), "MiB-stored")
+		must(0, s.Close())
+		b.StartTimer()
+	}
+	b.SetBytes(frames * writes * 4096)
 }
