@@ -19,7 +19,7 @@ import (
 	"farside/internal/dr"
 )
 
-// watch mirrors struct watch of bpf/capture.c.
+// watch mirrors struct watch of bpf/state.h.
 type watch struct {
 	Start, End uint64
 	Word       uint64

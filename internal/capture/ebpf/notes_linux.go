@@ -14,7 +14,7 @@ import (
 )
 
 // layoutVersion is the version of everything that is pinned: notes, and the maps of
-// bpf/capture.c and what they hold. Whatever changes any of it, or what a
+// bpf/state.h and what they hold. Whatever changes any of it, or what a
 // process must know to go on with it, changes the number.
 const layoutVersion = 1
 

@@ -85,7 +85,7 @@ func (r *ring) begins(from, pos uint64) bool {
 func (r *ring) release(pos uint64) { atomic.StoreUint64(r.consumer, pos) }
 
 // header is what a record of the programs begins with (struct header of
-// bpf/capture.c).
+// bpf/state.h).
 type header struct {
 	offset int64  // bytes from the start of the disk
 	time   int64  // ns of the monotonic clock

@@ -27,7 +27,7 @@ type source struct {
 	opened  uint64  // ns of the monotonic clock
 	pins    *pinned // nil: nothing survives
 
-	state, settled *uint32 // in the programs' control; see bpf/capture.c
+	state, settled *uint32 // in the programs' control; see bpf/state.h
 
 	// Positions of the stream: bytes of the ring plus Lost events.
 	consumed atomic.Uint64 // bytes of the ring that were handed over
