@@ -3,8 +3,11 @@ package e2e
 import (
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"testing"
 	"time"
+
+	farsidev1 "farside/internal/api/farside/v1"
 )
 
 // TestReboot: a machine with an agent inside is rebooted in good order, and by its
@@ -27,20 +30,24 @@ func TestReboot(t *testing.T) {
 	if _, err := v.shell.Write([]byte("umount /state; reboot -f\n")); err != nil {
 		t.Fatal(err)
 	}
-	v.back("rebooted")
+	v.back("rebooted", "reboot")
 
 	v.load()
 	time.Sleep(3 * time.Second)
 	v.reset()
-	v.back("reset")
+	v.back("reset", "unclean-stop")
 }
 
-// back waits for the guest and its agent after a boot, loads, and judges.
-func (v *vm) back(name string) {
+// back waits for the guest and its agent after a boot, loads, and judges: the agent says
+// why it does not go on where it was.
+func (v *vm) back(name, why string) {
 	v.t.Helper()
 	v.rebooted()
 	v.load()
 	m := v.exact(3 * time.Minute)
+	if !slices.ContainsFunc(m.GetEvents(), func(n *farsidev1.Notice) bool { return n.GetCode() == why }) {
+		v.t.Errorf("%s: no event says %q: %v", name, why, m.GetEvents())
+	}
 	time.Sleep(2 * time.Second)
 	v.rest()
 	tag := v.headEqualsDisk(name)
