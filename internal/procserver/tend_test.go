@@ -11,19 +11,18 @@ import (
 	"farside/internal/dr"
 	"farside/internal/frame"
 	"farside/internal/transport"
+	"farside/internal/vfs"
 	"farside/test/wan"
 )
 
 // churn makes n frames of 16 KiB that can't be compressed and write to a few places.
 func churn(t testing.TB, n, places int) (out [][]byte) {
 	t.Helper()
-	rng := rand.New(rand.NewPCG(7, 7))
+	rng, noise := rand.New(rand.NewPCG(7, 7)), rand.NewChaCha8([32]byte{7})
 	e := frame.NewEncoder(origin, frame.None)
 	data := make([]byte, 16<<10)
 	for i := range n {
-		for j := range data {
-			data[j] = byte(rng.Uint32())
-		}
+		noise.Read(data)
 		e.Begin(frame.Changes, dr.Exact, false)
 		if _, err := e.Add(dr.Extent{Offset: rng.Int64N(int64(places)) << 14, Length: 16 << 10}, dr.Data, int64(i), data); err != nil {
 			t.Fatal(err)
@@ -128,5 +127,45 @@ func TestAgeOfTheBacklog(t *testing.T) {
 	}
 	if d := p.age(dr.Seq(30+3*maxMarks), dr.Seq(30+3*maxMarks), at(1<<20)); d != 0 || len(p.marks) != 0 {
 		t.Errorf("all is durable: %v", d)
+	}
+}
+
+// Power cuts of the process server while it folds for a slow link: nothing that was
+// stored is asked for again, and the master target ends with what was sent.
+func TestFoldsAndCrashes(t *testing.T) {
+	seeds := uint64(4)
+	if testing.Short() {
+		seeds = 1
+	}
+	for seed := range seeds {
+		synctest.Test(t, func(t *testing.T) {
+			rng := rand.New(rand.NewPCG(seed, 3))
+			s := newSite(t)
+			p := s.through(wan.Line{Rate: 160 << 10})
+			defer p.Close()
+			a := &agent{frames: churn(t, 3000, 16), every: 10 * time.Millisecond, pause: 20 * time.Millisecond}
+			folds := 0
+			for round := 0; a.durable() < 3000; round++ {
+				if round > 50 {
+					t.Fatalf("no progress beyond %d", a.durable())
+				}
+				s.during(t.Context(), []*agent{a}, func(srv *server) {
+					time.Sleep(time.Duration(3000+rng.IntN(12_000))*time.Millisecond + 137*time.Microsecond)
+					folds += srv.stream(machine).paceNow().folds
+					if rng.IntN(3) > 0 {
+						a.setDeaf(true)
+						s.fs = s.fs.(*vfs.Mem).Crash(rng.Uint64())
+					}
+				})
+				a.setDeaf(false)
+				if round == 6 {
+					p.Set(wan.Line{})
+				}
+			}
+			if a.lost != 0 || folds == 0 {
+				t.Errorf("change %d was stored, and asked for again; %d folds", a.lost, folds)
+			}
+			checkTarget(t, s.target, a.frames)
+		})
 	}
 }
