@@ -33,6 +33,7 @@ func (r *replicator) add(k frame.Kind, a dr.Accuracy, x dr.Extent, what dr.What,
 		if err := r.ensure(k, a, n, born); err != nil {
 			return err
 		}
+		r.led.changed(part) // in the generation of its frame, which ensure may have begun
 		if _, err := r.enc.Add(part, what, at, data[:n]); err != nil {
 			return fmt.Errorf("add to frame: %w", err)
 		}

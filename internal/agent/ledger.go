@@ -46,6 +46,7 @@ type ledger struct {
 	blocks []byte
 
 	fresh     bool  // nothing was known when it was opened
+	maxFrames int   // of a generation
 	genFrames int   // since the generation began
 	genBytes  int64 // of frames, since then
 }
@@ -76,6 +77,9 @@ const (
 	offFrames   = 4096
 
 	generations = 254 // that are known, the present one included
+
+	// No machine gets that far, and nothing that is computed from less overflows.
+	maxLedgerCount = 1 << 56
 
 	// A generation ends after so many frames or bytes: what a resync reads too much is
 	// at most what changed in one generation, and all of them should reach back as far as the frames.
@@ -122,7 +126,7 @@ func layLedger(mem []byte, disks []capture.Disk) (*ledger, error) {
 	if len(disks) > maxLedger || len(mem) < offFrames+frameEntry*ledgerFrames+1<<20 {
 		return nil, fmt.Errorf("ledger of %d disks in %d bytes: %w", len(disks), len(mem), dr.ErrInvalid)
 	}
-	l := &ledger{mem: mem, frames: ledgerFrames, shift: minLedgerBlock}
+	l := &ledger{mem: mem, frames: ledgerFrames, maxFrames: genMaxFrames, shift: minLedgerBlock}
 	room := int64(len(mem) - offFrames - frameEntry*ledgerFrames)
 	for {
 		total := int64(0)
@@ -157,7 +161,7 @@ func (l *ledger) holds(machine dr.MachineID, tl dr.Timeline, disks []capture.Dis
 // sound checks that what it says can be.
 func (l *ledger) sound() bool {
 	count, gen := l.load(offCount), l.load(offGen)
-	if count == 0 {
+	if count == 0 || count > maxLedgerCount || gen > maxLedgerCount {
 		return false
 	}
 	var last uint64
@@ -169,7 +173,7 @@ func (l *ledger) sound() bool {
 		last = s
 	}
 	seq, _, _, ok := l.entry(count - 1)
-	return ok && last <= seq
+	return ok && last <= seq && l.load(offExact) <= seq+1
 }
 
 func byteOf(gen uint64) byte { return byte(gen%255) + 1 }
@@ -222,7 +226,7 @@ func (l *ledger) add(c frame.Cursor, pos uint64, n int64) {
 	native.PutUint64(b[24:], entryCheck(seq, chain, pos))
 	l.store(offCount, count+1)
 	l.genFrames++
-	if l.genBytes += n; l.genFrames >= genMaxFrames || l.genBytes >= genMaxBytes {
+	if l.genBytes += n; l.genFrames >= l.maxFrames || l.genBytes >= genMaxBytes {
 		l.advance(seq)
 	}
 }

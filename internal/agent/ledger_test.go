@@ -193,6 +193,19 @@ func TestLedgerInForeignMemory(t *testing.T) {
 		l.add(cursorAt(21), 1, 1)
 		copy(mem, old)
 	}
+	for _, off := range []int{offCount, offGen, offExact} { // numbers that no ledger gets to
+		was := l.load(off)
+		for _, v := range []uint64{1<<64 - 1, 1<<64 - 200, 1 << 63, maxLedgerCount + 1} {
+			l.store(off, v)
+			if copied := append([]byte(nil), mem...); !newTestLedger(t, copied).fresh {
+				t.Errorf("%d at %d makes a sound ledger", v, off)
+			}
+		}
+		l.store(off, was)
+	}
+	if newTestLedger(t, mem).fresh {
+		t.Error("the ledger does not know itself again")
+	}
 	if _, err := openLedger(make([]byte, 100), dr.MachineID{7}, 2, ledgerDisks); err == nil {
 		t.Error("100 bytes are no room for a ledger")
 	}

@@ -25,6 +25,7 @@ type tuning struct {
 	wait        time.Duration // longest wait for events, so the delay of anything else
 	resumeWait  time.Duration // longest wait within a step for the source to resume
 	retry       time.Duration // pause of the bulk after a disk could not be read
+	generation  int           // frames of a generation of the ledger
 }
 
 // batchRoom is what one call of Source.Next may add to the outbox: a batch, the
@@ -36,7 +37,7 @@ func defaultTuning() tuning {
 		memory: 64 << 20, fold: true, codec: frame.None, frameBytes: 1 << 20, frameAge: 50 * time.Millisecond,
 		heartbeat: 500 * time.Millisecond, chunk: 1 << 20, resumeBelow: 16 << 20,
 		written: 64 << 10, wait: 10 * time.Millisecond,
-		resumeWait: 5 * time.Millisecond, retry: time.Second,
+		resumeWait: 5 * time.Millisecond, retry: time.Second, generation: genMaxFrames,
 	}
 }
 
@@ -74,6 +75,8 @@ type replicator struct {
 	// forgetful takes ranges of the dirty set without entering them in the ledger:
 	// another.
 	forgetful bool
+	// reckless goes on exactly behind any frame of the ledger, exact or not: another.
+	reckless bool
 
 	compare comparing
 }
@@ -213,7 +216,6 @@ func (r *replicator) event(e capture.Event) error {
 	}
 	d.Writes++
 	d.Captured += e.Extent.Length
-	r.led.changed(e.Extent)
 	r.note(d, e.Extent)
 	what, data := e.What, e.Data
 	if what == dr.Data && allZero(data) {

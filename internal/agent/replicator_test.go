@@ -23,6 +23,7 @@ func drawOptions(t *rapid.T) simOptions {
 		badReads:  rapid.IntRange(0, 3).Draw(t, "badReads") == 0,
 		kills:     rapid.Bool().Draw(t, "kills"),
 		reboots:   rapid.IntRange(0, 2).Draw(t, "reboots") == 0,
+		gen:       rapid.SampledFrom([]int{0, 1, 2, 7}).Draw(t, "gen"),
 	}
 }
 
@@ -52,6 +53,22 @@ func TestOracleFindsForgetfulReplicator(t *testing.T) {
 			found++
 		} else if err != nil {
 			t.Fatalf("seed %d: %v", seed, err)
+		}
+	}
+	if found < 4 {
+		t.Errorf("%d of 60 histories show the fault; want at least 4", found)
+	}
+	t.Logf("%d of 60 histories show the fault", found)
+}
+
+// An agent that goes on exactly behind any frame that it knows offers positions in
+// the middle of a sync.
+func TestOracleFindsRecklessReplicator(t *testing.T) {
+	found := 0
+	for seed := range uint64(60) {
+		err := newSim(simOptions{seed: seed, steps: 800, disks: 2, written: 1000, room: 8 << 20, overflows: true, kills: true, reckless: true}).run()
+		if errors.Is(err, errMismatch) {
+			found++
 		}
 	}
 	if found < 4 {

@@ -76,7 +76,7 @@ func (r *replicator) plan(s start) (course, error) {
 	c.known, c.ranges, c.frame, c.pos = true, ranges, n, pos
 	if v, survives := r.src.(capture.Survivor); survives && !r.stats.consumed && v.Adopted() {
 		err := v.Rewind(pos)
-		c.exact = err == nil && r.led.exactAt(s.cursor.Position.Seq)
+		c.exact = err == nil && (r.led.exactAt(s.cursor.Position.Seq) || r.reckless)
 	}
 	return c, nil
 }
@@ -102,6 +102,7 @@ func (r *replicator) openLedger(c frame.Cursor) error {
 		if r.led, err = openLedger(mem, c.Machine, c.Position.Timeline, r.src.Disks()); err != nil {
 			return err
 		}
+		r.led.maxFrames = r.tune.generation
 	}
 	return nil
 }
@@ -193,8 +194,15 @@ func (r *replicator) release() {
 }
 
 // takeDirty takes ranges of the dirty set; they are in the ledger before they are
-// gone from the set.
+// gone from the set. The frame of captured changes is finished first: if that ends a generation,
+// the ranges belong to the next one. What is taken fills two frames at most, and the
+// ledger covers a generation that ends with the first of them (see since).
 func (r *replicator) takeDirty() ([]dr.Extent, error) {
+	if r.cut.begun && r.cut.kind != frame.Resync {
+		if err := r.cutFrame(); err != nil {
+			return nil, err
+		}
+	}
 	note := func(xs []dr.Extent) {
 		for _, x := range xs {
 			r.led.changed(x)

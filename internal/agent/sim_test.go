@@ -2,6 +2,7 @@ package agent
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -32,6 +33,8 @@ type simOptions struct {
 	kills     bool // the agent is killed and begins again; the capture goes on
 	reboots   bool // the machine crashes
 	forgetful bool // negative control: what is taken of the dirty set is not noted
+	reckless  bool // negative control: any restart goes on as if it were exact
+	gen       int  // frames of a generation of the ledger; 0: as usual
 }
 
 // sim drives a replicator against a capturetest.Mem, with a far side that
@@ -44,6 +47,7 @@ type sim struct {
 	kernel *capturetest.Kernel
 	pinned *capturetest.PinnedMem
 	killed int
+	failed error // of what happened in the middle of a step
 	out    *outbox
 	rep    *replicator
 	tick   int64
@@ -114,7 +118,7 @@ func (s *sim) tuning() tuning {
 	return tuning{
 		memory: batchRoom + s.room, fold: true, frameBytes: 32 << 10, frameAge: 50 * time.Millisecond, heartbeat: 100 * time.Millisecond,
 		chunk: 16 << 10, resumeBelow: 32 << 10, written: s.written,
-		wait: 10 * time.Millisecond, resumeWait: 1, retry: time.Millisecond,
+		wait: 10 * time.Millisecond, resumeWait: 1, retry: time.Millisecond, generation: cmp.Or(s.gen, genMaxFrames),
 	}
 }
 
@@ -257,11 +261,20 @@ func (s *sim) land(i int) {
 
 // step lets the replicator work. A source that can't be told to overflow needs
 // writes that land within its settling time.
-func (s *sim) step() error {
+func (s *sim) step() (err error) {
+	defer func() {
+		x := recover()
+		if _, ok := x.(agentKilled); ok {
+			err = s.kill()
+		} else if x != nil {
+			panic(x)
+		}
+		err = errors.Join(err, s.failed)
+	}()
 	for s.plain && len(s.inflight) > 0 && s.inflight[0].tick < s.tick-200 {
 		s.land(0)
 	}
-	_, err := s.rep.step(context.Background(), s.at(), 0)
+	_, err = s.rep.step(context.Background(), s.at(), 0)
 	used, _ := s.out.used()
 	s.peak = max(s.peak, used)
 	return err

@@ -32,7 +32,7 @@ func (m simSurvivor) TakeDirtyNoted(limit int64, note func([]dr.Extent)) ([]dr.E
 func (s *sim) start() {
 	s.out = newOutbox()
 	s.rep = newReplicator(s.source(), s.out, s.tuning())
-	s.rep.blind, s.rep.forgetful = s.blind, s.forgetful
+	s.rep.blind, s.rep.forgetful, s.rep.reckless = s.blind, s.forgetful, s.reckless
 }
 
 // kill ends the agent as kill -9 does, and starts another.

@@ -21,6 +21,9 @@ type simSource struct {
 
 var errEnough = errors.New("enough events")
 
+// agentKilled unwinds an agent that is killed in the middle of a step.
+type agentKilled struct{}
+
 // meanwhile lets something happen at the same time.
 func (m simSource) meanwhile() {
 	s := m.s
@@ -29,6 +32,10 @@ func (m simSource) meanwhile() {
 	}
 	s.tick++
 	switch n := s.rng.IntN(40); {
+	case n == 3 && s.kills:
+		panic(agentKilled{})
+	case n == 4: // the link works beside the replicator
+		s.failed = errors.Join(s.failed, s.receive(1+s.rng.IntN(2)))
 	case n == 0 && s.breaks:
 		s.reconnect()
 	case n == 1 && s.losses:
