@@ -98,6 +98,8 @@ type discovered struct {
 	Mounts      []string `json:"mountpoints,omitempty"`
 	Protectable bool     `json:"protectable"`
 	Reason      string   `json:"reason,omitempty"`
+	Identity    string   `json:"identity,omitempty"`
+	Notes       []string `json:"notes,omitempty"`
 }
 
 type progressInfo struct {
@@ -173,7 +175,7 @@ func describeDiscovered(m *farsidev1.Machine) []discovered {
 	for _, d := range m.GetDiscovered() {
 		list = append(list, discovered{
 			Path: d.GetPath(), Size: d.GetSize(), Kind: d.GetKind(), Mounts: d.GetMountpoints(),
-			Protectable: d.GetProtectable(), Reason: d.GetReason(),
+			Protectable: d.GetProtectable(), Reason: d.GetReason(), Identity: d.GetIdentity(), Notes: d.GetNotes(),
 		})
 	}
 	return list
@@ -273,6 +275,9 @@ func (m *machineInfo) human(w io.Writer) {
 			what = d.Reason
 		}
 		fmt.Fprintf(w, "seen  %s  %s  %s  %s  %s\n", d.Path, size(d.Size), d.Kind, strings.Join(d.Mounts, " "), what)
+		for _, n := range d.Notes {
+			fmt.Fprintf(w, "      %s\n", n)
+		}
 	}
 	printNotices(w, m.Warnings)
 	printNotices(w, m.Events)

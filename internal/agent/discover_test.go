@@ -50,11 +50,11 @@ func describe(fs []found) string {
 func TestDiscover(t *testing.T) {
 	got := describe(discover(machine(), wanted{paths: []string{"/srv/disk.img", "/srv/odd.img", "/srv/none", "/dev/loop0"}}))
 	want := `/dev/cciss/c0d0 2097152 disk "" "" []: 
-/dev/dm-0 4194304 device-mapper "" "" []: stacked devices are not supported yet: protect the disks below
+/dev/dm-0 4194304 device-mapper "" "" []: it is a device of device mapper: protect what lies below (which the kernel does not tell)
 /dev/loop0 4194304 loop "" "" []: 
 /dev/sda 1048576000 disk "QEMU HARDDISK" "S1" []: 
 /dev/sda1 524288000 partition "" "" ["/" "/mnt/with space"]: 
-/dev/sda2 262144000 partition "" "" []: it is swap space
+/dev/sda2 262144000 partition "" "" []: it is swap space: nothing of it is of use after a restart (mkswap makes it anew)
 /dev/sdb 8192 disk "" "" []: it is read-only
 /srv/disk.img 1024 file "" "" []: 
 /srv/none 0 file "" "" []: it can't be found

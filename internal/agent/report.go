@@ -180,7 +180,7 @@ func discovered(fs []found) []*pb.DiscoveredDisk {
 	for _, f := range fs {
 		out = append(out, &pb.DiscoveredDisk{
 			Path: f.path, Size: f.size, Kind: f.kind, Model: f.model, Serial: f.serial, Mountpoints: f.mounts,
-			Protectable: f.why == "", Reason: f.why,
+			Protectable: f.why == "", Reason: f.why, Identity: f.identity, Notes: f.notes,
 		})
 	}
 	return out

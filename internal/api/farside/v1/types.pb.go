@@ -466,9 +466,10 @@ func (x *Position) GetSeq() uint64 {
 // Disk is a protected disk of a machine.
 type Disk struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Id            uint32                 `protobuf:"varint,1,opt,name=id,proto3" json:"id,omitempty"`     // within its machine; never reused
-	Path          string                 `protobuf:"bytes,2,opt,name=path,proto3" json:"path,omitempty"`  // on the machine, for example /dev/sda
-	Size          int64                  `protobuf:"varint,3,opt,name=size,proto3" json:"size,omitempty"` // bytes
+	Id            uint32                 `protobuf:"varint,1,opt,name=id,proto3" json:"id,omitempty"`            // within its machine; never reused
+	Path          string                 `protobuf:"bytes,2,opt,name=path,proto3" json:"path,omitempty"`         // on the machine, for example /dev/sda
+	Size          int64                  `protobuf:"varint,3,opt,name=size,proto3" json:"size,omitempty"`        // bytes
+	Identity      string                 `protobuf:"bytes,4,opt,name=identity,proto3" json:"identity,omitempty"` // what names it beyond reboots and paths; "" if nothing does
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -524,6 +525,13 @@ func (x *Disk) GetSize() int64 {
 	return 0
 }
 
+func (x *Disk) GetIdentity() string {
+	if x != nil {
+		return x.Identity
+	}
+	return ""
+}
+
 // DiscoveredDisk is a block device that an agent sees on its machine.
 type DiscoveredDisk struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -534,7 +542,9 @@ type DiscoveredDisk struct {
 	Serial        string                 `protobuf:"bytes,5,opt,name=serial,proto3" json:"serial,omitempty"`
 	Mountpoints   []string               `protobuf:"bytes,6,rep,name=mountpoints,proto3" json:"mountpoints,omitempty"`
 	Protectable   bool                   `protobuf:"varint,7,opt,name=protectable,proto3" json:"protectable,omitempty"`
-	Reason        string                 `protobuf:"bytes,8,opt,name=reason,proto3" json:"reason,omitempty"` // why not, when it is not protectable
+	Reason        string                 `protobuf:"bytes,8,opt,name=reason,proto3" json:"reason,omitempty"`     // why not, when it is not protectable
+	Identity      string                 `protobuf:"bytes,9,opt,name=identity,proto3" json:"identity,omitempty"` // what names it beyond reboots and paths; "" if nothing does
+	Notes         []string               `protobuf:"bytes,10,rep,name=notes,proto3" json:"notes,omitempty"`      // what a person should know who protects it
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -623,6 +633,20 @@ func (x *DiscoveredDisk) GetReason() string {
 		return x.Reason
 	}
 	return ""
+}
+
+func (x *DiscoveredDisk) GetIdentity() string {
+	if x != nil {
+		return x.Identity
+	}
+	return ""
+}
+
+func (x *DiscoveredDisk) GetNotes() []string {
+	if x != nil {
+		return x.Notes
+	}
+	return nil
 }
 
 // Notice is something that a person should know of a node, machine or disk.
@@ -1661,11 +1685,12 @@ const file_farside_v1_types_proto_rawDesc = "" +
 	"farside.v1\"8\n" +
 	"\bPosition\x12\x1a\n" +
 	"\btimeline\x18\x01 \x01(\rR\btimeline\x12\x10\n" +
-	"\x03seq\x18\x02 \x01(\x04R\x03seq\">\n" +
+	"\x03seq\x18\x02 \x01(\x04R\x03seq\"Z\n" +
 	"\x04Disk\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\rR\x02id\x12\x12\n" +
 	"\x04path\x18\x02 \x01(\tR\x04path\x12\x12\n" +
-	"\x04size\x18\x03 \x01(\x03R\x04size\"\xd6\x01\n" +
+	"\x04size\x18\x03 \x01(\x03R\x04size\x12\x1a\n" +
+	"\bidentity\x18\x04 \x01(\tR\bidentity\"\x88\x02\n" +
 	"\x0eDiscoveredDisk\x12\x12\n" +
 	"\x04path\x18\x01 \x01(\tR\x04path\x12\x12\n" +
 	"\x04size\x18\x02 \x01(\x03R\x04size\x12\x12\n" +
@@ -1674,7 +1699,10 @@ const file_farside_v1_types_proto_rawDesc = "" +
 	"\x06serial\x18\x05 \x01(\tR\x06serial\x12 \n" +
 	"\vmountpoints\x18\x06 \x03(\tR\vmountpoints\x12 \n" +
 	"\vprotectable\x18\a \x01(\bR\vprotectable\x12\x16\n" +
-	"\x06reason\x18\b \x01(\tR\x06reason\"\xaf\x01\n" +
+	"\x06reason\x18\b \x01(\tR\x06reason\x12\x1a\n" +
+	"\bidentity\x18\t \x01(\tR\bidentity\x12\x14\n" +
+	"\x05notes\x18\n" +
+	" \x03(\tR\x05notes\"\xaf\x01\n" +
 	"\x06Notice\x12\x12\n" +
 	"\x04code\x18\x01 \x01(\tR\x04code\x120\n" +
 	"\bseverity\x18\x02 \x01(\x0e2\x14.farside.v1.SeverityR\bseverity\x12\x12\n" +
