@@ -28,7 +28,7 @@ type simOptions struct {
 	blind     bool // negative control: bulk reads ignore the written sets
 	plain     bool // the source can't be told to overflow
 	empty     bool // the disks begin as zeroes
-	marks     bool // somebody marks ranges dirty
+	marks     bool // somebody marks ranges dirty, or has everything compared
 	badReads  bool // a bulk read fails now and then
 	kills     bool // the agent is killed and begins again; the capture goes on
 	reboots   bool // the machine crashes
@@ -194,6 +194,9 @@ func (s *sim) act() error {
 		s.mem.Flush(s.mem.Disks()[0].ID)
 		return s.calm()
 	case n == 99 && s.marks:
+		if s.rep.phase != Waiting && s.rng.IntN(6) == 0 {
+			return s.rep.distrust(ReasonAccounting)
+		}
 		return s.mem.Mark(dr.Extent{Disk: s.mem.Disks()[0].ID, Offset: s.rng.Int64N(40) * 4096, Length: 4096})
 	}
 	return nil

@@ -29,17 +29,19 @@ type Reason string
 
 // The reasons. They go into reports and events; don't change what they say.
 const (
-	ReasonInitial  Reason = "initial"         // the far side holds nothing of this machine
-	ReasonRestart  Reason = "agent-restart"   // the agent was not running: anything may have been written
-	ReasonReboot   Reason = "reboot"          // the machine was shut down and booted: nothing captured what was written late and early
-	ReasonUnclean  Reason = "unclean-stop"    // the machine stopped without telling the agent, and was booted
-	ReasonReopened Reason = "capture-restart" // the capture was opened anew: disks or settings changed, or it failed
-	ReasonOverflow Reason = "overflow"        // changes came faster than they could be taken over
-	ReasonGap      Reason = "receiver-gap"    // the receiver lost frames that were freed here
-	ReasonAhead    Reason = "receiver-ahead"  // the receiver holds frames that this agent did not build
-	ReasonMarked   Reason = "marked"          // something was marked dirty while the stream was exact
-	ReasonScan     Reason = "scan"            // the source finds changes by comparing, pass by pass
-	ReasonAsked    Reason = "asked"           // somebody asked for a comparison
+	ReasonInitial    Reason = "initial"         // the far side holds nothing of this machine
+	ReasonRestart    Reason = "agent-restart"   // the agent was not running: anything may have been written
+	ReasonReboot     Reason = "reboot"          // the machine was shut down and booted: nothing captured what was written late and early
+	ReasonUnclean    Reason = "unclean-stop"    // the machine stopped without telling the agent, and was booted
+	ReasonReopened   Reason = "capture-restart" // the capture was opened anew: disks or settings changed, or it failed
+	ReasonOverflow   Reason = "overflow"        // changes came faster than they could be taken over
+	ReasonGap        Reason = "receiver-gap"    // the receiver lost frames that were freed here
+	ReasonAhead      Reason = "receiver-ahead"  // the receiver holds frames that this agent did not build
+	ReasonMarked     Reason = "marked"          // something was marked dirty while the stream was exact
+	ReasonScan       Reason = "scan"            // the source finds changes by comparing, pass by pass
+	ReasonAccounting Reason = "accounting"      // the kernel wrote more than was captured
+	ReasonMissed     Reason = "missed-events"   // the kernel did not run the capture for some writes
+	ReasonAsked      Reason = "asked"           // somebody asked for a comparison
 )
 
 // text says for people what r means.
@@ -63,6 +65,10 @@ func (r Reason) text() string {
 		return "the receiver holds frames of another run of the agent"
 	case ReasonMarked:
 		return "ranges were marked to be read again"
+	case ReasonAccounting:
+		return "the kernel wrote more than was captured"
+	case ReasonMissed:
+		return "the kernel did not run the capture for some writes"
 	case ReasonAsked:
 		return "a comparison was asked for"
 	case ReasonScan:

@@ -59,6 +59,7 @@ type stream struct {
 		connected   string
 		linkErr     error
 		far         *link.Caller // of the newest link; nil before the first
+		distrust    Reason       // why everything is to be compared as soon as can be; "" = it is not
 	}
 }
 
@@ -97,7 +98,7 @@ func (s *stream) run(ctx context.Context) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	var wg sync.WaitGroup
-	for _, part := range []func(context.Context) error{s.replicate, s.keepLink, s.points.run, s.barriers.run} {
+	for _, part := range []func(context.Context) error{s.replicate, s.keepLink, s.points.run, s.barriers.run, s.account} {
 		wg.Go(func() { cancel(part(ctx)) })
 	}
 	wg.Wait()
@@ -117,6 +118,9 @@ func (s *stream) replicate(ctx context.Context) error {
 	for ctx.Err() == nil {
 		changed := s.out.watch()
 		s.passTags()
+		if err := s.passDistrust(); err != nil {
+			return err
+		}
 		now := time.Now()
 		pause, err := s.rep.step(ctx, now, s.rep.tune.wait)
 		if now.Sub(published) >= publishEvery || err != nil {

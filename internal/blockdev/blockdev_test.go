@@ -196,3 +196,17 @@ func TestScanHere(t *testing.T) {
 		}
 	}
 }
+
+func TestInFlight(t *testing.T) {
+	root := fstest.MapFS{
+		"sys/class/block/sda/inflight":        {Data: []byte("       3        7\n")},
+		"sys/class/block/cciss!c0d0/inflight": {Data: []byte("0 0\n")},
+		"sys/class/block/bad/inflight":        {Data: []byte("0\n")},
+	}
+	for device, want := range map[string]int{"/dev/sda": 7, "/dev/cciss/c0d0": 0, "/dev/bad": -1, "/dev/none": -1, "/srv/../x": -1} {
+		n, ok := InFlight(root, device)
+		if ok != (want >= 0) || ok && n != want {
+			t.Errorf("%s: %d, %v", device, n, ok)
+		}
+	}
+}

@@ -88,7 +88,7 @@ func (s *scanner) whole(dir string, d *Device) {
 	d.Model = s.text(dir, "device/model")
 	d.Serial = cmp.Or(s.text(dir, "serial"), s.text(dir, "device/serial"), pageSerial(s.raw(dir, "device/vpd_pg80")), s.udev(d.Dev, "ID_SERIAL_SHORT"))
 	d.WWID = cmp.Or(d.WWID, s.text(dir, "wwid"), s.text(dir, "device/wwid"), s.udev(d.Dev, "ID_WWN_WITH_EXTENSION"))
-	d.DiskSeq, _ = strconv.ParseUint(s.text(dir, "diskseq"), 10, 64) //nolint:errcheck // unknown before Linux 5.15
+	d.DiskSeq = uint64(s.number(dir, "diskseq")) // unknown before Linux 5.15
 	d.Logical, d.Physical = int(s.number(dir, "queue/logical_block_size")), int(s.number(dir, "queue/physical_block_size"))
 	d.Zoned, d.DAX = s.text(dir, "queue/zoned"), s.text(dir, "queue/dax") == "1"
 	d.Backing = s.text(dir, "loop/backing_file")
@@ -238,4 +238,20 @@ func swaps(root fs.FS) (map[string]bool, []string) {
 		}
 	}
 	return devices, files
+}
+
+// InFlight returns how many writes the driver of a device has; ok is false if it is no
+// block device of the machine. Writes that wait for the driver are not counted.
+func InFlight(root fs.FS, device string) (n int, ok bool) {
+	name := strings.ReplaceAll(strings.TrimPrefix(device, "/dev/"), "/", "!")
+	b, err := fs.ReadFile(root, path.Join("sys/class/block", name, "inflight"))
+	if err != nil {
+		return 0, false
+	}
+	f := strings.Fields(string(b))
+	if len(f) != 2 {
+		return 0, false
+	}
+	n, err = strconv.Atoi(f[1])
+	return n, err == nil && n >= 0
 }
