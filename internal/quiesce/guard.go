@@ -88,19 +88,20 @@ func startGuard(args []string, files []*os.File) (guard, error) {
 	if err != nil {
 		return nil, err
 	}
-	defer in.Close()
 	answers, out, err := os.Pipe()
 	if err != nil {
-		return nil, errors.Join(err, orders.Close())
+		return nil, errors.Join(err, in.Close(), orders.Close())
 	}
-	defer out.Close()
 	// The name that the program was started by may mean another version by now.
 	cmd := exec.Command("/proc/self/exe", args...)
 	cmd.Stdin, cmd.Stdout, cmd.ExtraFiles = in, out, files
 	cmd.SysProcAttr = ownSession()
 	cmd.Env = []string{"GOGC=off", "GOMEMLIMIT=off", "GOMAXPROCS=2", "FARSIDE_WATCHDOG=1"}
 	cmd.Dir = "/"
-	if err := cmd.Start(); err != nil {
+	err = cmd.Start()
+	// Its ends must be its own alone, or its death would not end the answers.
+	err = errors.Join(err, in.Close(), out.Close())
+	if err != nil {
 		return nil, errors.Join(err, orders.Close(), answers.Close())
 	}
 	p := &process{cmd: cmd, orders: orders, ready: make(chan struct{}), armed: make(chan struct{}, 1), gone: make(chan struct{})}
