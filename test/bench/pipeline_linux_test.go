@@ -73,7 +73,7 @@ func newPipeline(t *testing.T, twoCores bool) *pipeline {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { p.loop.Close() })
-	if p.fd, err = unix.Open(p.loop.Device, unix.O_WRONLY|unix.O_DIRECT, 0); err != nil {
+	if p.fd, err = unix.Open(p.loop.Device, unix.O_WRONLY|unix.O_DIRECT|unix.O_CLOEXEC, 0); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { unix.Close(p.fd) })

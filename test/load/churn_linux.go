@@ -14,7 +14,7 @@ import (
 // past the page cache and at a rate in bytes per second, until ctx ends. It returns how many
 // bytes it has written. The data can't be compressed.
 func Churn(ctx context.Context, file string, size, rate int64, seed uint64) (written int64, err error) {
-	fd, err := unix.Open(file, unix.O_RDWR|unix.O_CREAT|unix.O_DIRECT, 0o600)
+	fd, err := unix.Open(file, unix.O_RDWR|unix.O_CREAT|unix.O_DIRECT|unix.O_CLOEXEC, 0o600) // others may start processes meanwhile
 	if err != nil {
 		return 0, fmt.Errorf("open for churn: %w", err)
 	}
