@@ -22,11 +22,13 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"os"
 	"slices"
 	"sync"
 	"time"
 
 	pb "farside/internal/api/farside/v1"
+	"farside/internal/blockdev"
 	"farside/internal/capture"
 	"farside/internal/dr"
 	"farside/internal/frame"
@@ -94,7 +96,8 @@ func serverOf(p *pb.AgentAssignment) server {
 // must begin.
 type work struct {
 	settings
-	disks []capture.Disk
+	disks      []capture.Disk
+	identities []string // of the disks; "" for one that nothing names
 }
 
 type settings struct {
@@ -107,7 +110,7 @@ type settings struct {
 }
 
 func (w *work) same(o *work) bool {
-	return w.settings == o.settings && slices.Equal(w.disks, o.disks)
+	return w.settings == o.settings && slices.Equal(w.disks, o.disks) && slices.Equal(w.identities, o.identities)
 }
 
 // workOf reads an assignment; nil means that there is nothing to replicate. Errors wrap
@@ -133,6 +136,7 @@ func workOf(p *pb.AgentAssignment, memory int64) (*work, error) {
 			return nil, fmt.Errorf("read assignment: disk %d of %d bytes: %w", d.GetId(), d.GetSize(), dr.ErrInvalid)
 		}
 		w.disks = append(w.disks, capture.Disk{ID: dr.DiskID(d.GetId()), Path: d.GetPath(), Size: d.GetSize()})
+		w.identities = append(w.identities, d.GetIdentity())
 	}
 	return w, nil
 }
@@ -230,7 +234,12 @@ func (a *agent) until(ctx context.Context, w *work, done <-chan struct{}) {
 
 // replicate runs one stream until it fails or the assignment changes.
 func (a *agent) replicate(ctx context.Context, w *work, first Reason) (err error) {
-	o, err := a.open(slices.Clone(w.disks), w.driver, w.ring)
+	m := blockdev.Scan(os.DirFS("/"))
+	disks, err := locate(&m, w.disks, w.identities)
+	if err != nil {
+		return err
+	}
+	o, err := a.open(disks, w.driver, w.ring)
 	if err != nil {
 		return err
 	}

@@ -20,7 +20,7 @@ import (
 
 const (
 	reportEvery   = 5 * time.Second
-	discoverEvery = 30 * time.Second
+	discoverEvery = reportEvery // so that a disk that grew is followed at once
 )
 
 // Run is the agent: it does what the configuration server assigns until ctx

@@ -119,18 +119,20 @@ type Disk struct {
 	Size    int64 // bytes
 	Added   int64 // UTC ns
 	Removed int64 // UTC ns; 0 = it is protected
+	// Identity names the disk whatever its path, as its agent said; "" if nothing does.
+	Identity string
 }
 
 func scanDisk(s scanner) (d Disk, err error) {
-	err = s.Scan(machineColumn(&d.Machine), &d.ID, &d.Path, &d.Size, &d.Added, &d.Removed)
+	err = s.Scan(machineColumn(&d.Machine), &d.ID, &d.Path, &d.Size, &d.Added, &d.Removed, &d.Identity)
 	return d, err
 }
 
 // AddDisk adds a disk. The error wraps dr.ErrExists if its id was ever used or its
 // path is protected.
 func (t *Tx) AddDisk(d Disk) error {
-	return t.change("add disk", `INSERT INTO disks (machine_id, id, path, size, added_ns, removed_ns) VALUES (?, ?, ?, ?, ?, ?)`,
-		d.Machine.String(), d.ID, d.Path, d.Size, d.Added, d.Removed)
+	return t.change("add disk", `INSERT INTO disks (machine_id, id, path, size, added_ns, removed_ns, identity) VALUES (?, ?, ?, ?, ?, ?, ?)`,
+		d.Machine.String(), d.ID, d.Path, d.Size, d.Added, d.Removed, d.Identity)
 }
 
 // RemoveDisk ends the protection of a disk; its id stays taken.
@@ -138,8 +140,13 @@ func (t *Tx) RemoveDisk(m dr.MachineID, id dr.DiskID, now int64) error {
 	return t.change("remove disk", `UPDATE disks SET removed_ns = ? WHERE machine_id = ? AND id = ? AND removed_ns = 0`, now, m.String(), id)
 }
 
+// GrowDisk notes that a protected disk is larger now. One that is not larger stays as it is.
+func (t *Tx) GrowDisk(m dr.MachineID, id dr.DiskID, size int64) error {
+	return t.change("grow disk", `UPDATE disks SET size = ? WHERE machine_id = ? AND id = ? AND removed_ns = 0 AND size < ?`, size, m.String(), id, size)
+}
+
 // Disks returns the protected disks of a machine, by id.
 func (t *Tx) Disks(m dr.MachineID) ([]Disk, error) {
-	return list(t, "disks", scanDisk, `SELECT machine_id, id, path, size, added_ns, removed_ns FROM disks
+	return list(t, "disks", scanDisk, `SELECT machine_id, id, path, size, added_ns, removed_ns, identity FROM disks
 		WHERE machine_id = ? AND removed_ns = 0 ORDER BY id`, m.String())
 }

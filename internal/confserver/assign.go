@@ -159,7 +159,7 @@ func (p plan) peer(id dr.NodeID) *farsidev1.Peer {
 func disksOf(rows []catalog.Disk) []*farsidev1.Disk {
 	var disks []*farsidev1.Disk
 	for _, d := range rows {
-		disks = append(disks, &farsidev1.Disk{Id: uint32(d.ID), Path: d.Path, Size: d.Size})
+		disks = append(disks, &farsidev1.Disk{Id: uint32(d.ID), Path: d.Path, Size: d.Size, Identity: d.Identity})
 	}
 	return disks
 }

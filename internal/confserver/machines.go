@@ -201,7 +201,7 @@ func (s *server) changeDisks(tx *catalog.Tx, m *catalog.Machine, req *farsidev1.
 			return fmt.Errorf("machine %q has used up its disk ids: %w", m.Name, dr.ErrFull)
 		}
 		m.LastDisk++
-		d := catalog.Disk{Machine: m.ID, ID: m.LastDisk, Path: path, Size: found.GetSize(), Added: now}
+		d := catalog.Disk{Machine: m.ID, ID: m.LastDisk, Path: path, Size: found.GetSize(), Added: now, Identity: found.GetIdentity()}
 		if err := tx.AddDisk(d); err != nil {
 			return err
 		}

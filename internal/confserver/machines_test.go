@@ -12,6 +12,7 @@ import (
 
 	"farside/internal/api"
 	farsidev1 "farside/internal/api/farside/v1"
+	"farside/internal/catalog"
 	"farside/internal/dr"
 	"farside/internal/transport"
 )
@@ -332,4 +333,56 @@ func TestStopEndsLongPolls(t *testing.T) {
 		t.Errorf("stopping took %v", d)
 	}
 	wantKind(t, "watch", <-ended, api.KindUnavailable)
+}
+
+// TestDiskGrows: a disk that its agent reports to be larger is larger for agent and master
+// target; nothing else changes what is protected.
+func TestDiskGrows(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	f := s.protected()
+	disk := f.agent.assignment().GetAgent().GetDisks()[0]
+	say := func(d *farsidev1.DiscoveredDisk, more ...*farsidev1.DiscoveredDisk) {
+		t.Helper()
+		d.Path, d.Kind = disk.GetPath(), "disk"
+		f.agent.report(&farsidev1.Report{Work: &farsidev1.Report_Agent{Agent: &farsidev1.AgentReport{Discovered: append(more, d)}}})
+	}
+	size := disk.GetSize()
+	for name, step := range map[string]*farsidev1.DiscoveredDisk{
+		"shrunk": {Size: size - 512, Protectable: true}, "refused": {Size: size * 2}, "odd": {Size: size + 1, Protectable: true},
+		"huge": {Size: 1 << 60, Protectable: true},
+	} {
+		say(step)
+		if got := f.agent.assignment().GetAgent().GetDisks()[0].GetSize(); got != size {
+			t.Errorf("%s: %d bytes", name, got)
+		}
+	}
+	say(&farsidev1.DiscoveredDisk{Size: size + 4096, Protectable: true})
+	if got := f.agent.assignment().GetAgent().GetDisks()[0].GetSize(); got != size+4096 {
+		t.Errorf("agent is told of %d bytes", got)
+	}
+	if got := f.target.assignment().GetMasterTarget().GetMachines()[0].GetDisks()[0].GetSize(); got != size+4096 {
+		t.Errorf("master target is told of %d bytes", got)
+	}
+}
+
+func TestSizeNow(t *testing.T) {
+	x := func(path, identity string, size int64) *farsidev1.DiscoveredDisk {
+		return &farsidev1.DiscoveredDisk{Path: path, Identity: identity, Size: size, Protectable: true}
+	}
+	d := catalog.Disk{Path: "/dev/sda", Identity: "wwid:1", Size: 512}
+	for name, c := range map[string]struct {
+		seen []*farsidev1.DiscoveredDisk
+		want int64
+	}{
+		"the same":             {[]*farsidev1.DiscoveredDisk{x("/dev/sda", "wwid:1", 1024)}, 1024},
+		"at another path":      {[]*farsidev1.DiscoveredDisk{x("/dev/sda", "wwid:2", 4096), x("/dev/sdb", "wwid:1", 1024)}, 1024},
+		"another at that path": {[]*farsidev1.DiscoveredDisk{x("/dev/sda", "wwid:2", 1024)}, 0},
+		"twins":                {[]*farsidev1.DiscoveredDisk{x("/dev/sda", "wwid:1", 1024), x("/dev/sdb", "wwid:1", 2048)}, 0},
+		"nothing":              {nil, 0},
+	} {
+		if got := sizeNow(d, c.seen); got != c.want {
+			t.Errorf("%s: %d, want %d", name, got, c.want)
+		}
+	}
 }

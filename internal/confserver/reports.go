@@ -103,7 +103,12 @@ func conclude(tx *catalog.Tx, n catalog.Node, r *farsidev1.Report, last *lastRep
 	var err error
 	switch w := r.GetWork().(type) {
 	case *farsidev1.Report_Agent:
+		var more []dr.NodeID
 		wake, err = concludeAgent(tx, n, w.Agent)
+		if err == nil {
+			more, err = concludeDisks(tx, n, w.Agent)
+		}
+		wake = append(wake, more...)
 	case *farsidev1.Report_ProcessServer:
 		wake, err = concludeGroups(tx, n, w.ProcessServer)
 	case *farsidev1.Report_MasterTarget:
