@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"cmp"
 	"fmt"
 	"time"
 
@@ -45,7 +46,9 @@ const settling = 30 * time.Second
 // is ahead at any moment, load or none, that is certain without waiting for quiet. What it
 // can't see: a missed write, if as many bytes failed without being counted since the quiet moment before.
 type accountant struct {
+	calm  time.Duration // how long nothing may move before a moment is quiet; 0 = 3 s
 	began time.Time
+	moved map[dr.DiskID]time.Time // when a disk's accounts moved last, or something was in flight
 	last  *reading
 	lead  map[dr.DiskID]int64 // of each disk at its last quiet moment
 	floor map[dr.DiskID]int64 // the lead that is not worth an alarm: 0, or less after the start
@@ -57,7 +60,9 @@ func (a *accountant) check(r reading) []finding {
 	if a.last == nil {
 		a.began = r.at
 		a.lead, a.floor, a.said = make(map[dr.DiskID]int64), make(map[dr.DiskID]int64), make(map[string]time.Time)
+		a.moved = make(map[dr.DiskID]time.Time)
 		for _, d := range r.Disks {
+			a.moved[d.ID] = r.at
 			a.floor[d.ID] = min(0, leadOf(d))
 		}
 		a.last = &r
@@ -91,7 +96,10 @@ func (a *accountant) disk(last, r *reading, i int) *finding {
 		a.lead[d.ID] = lead
 		return missedBytes(r, d, missed)
 	}
-	if !quiet(last, r, i) {
+	if !unmoved(last, r, i) {
+		a.moved[d.ID] = r.at
+	}
+	if r.at.Sub(a.moved[d.ID]) < cmp.Or(a.calm, 3*time.Second) {
 		return nil
 	}
 	before, known := a.lead[d.ID]
@@ -102,9 +110,9 @@ func (a *accountant) disk(last, r *reading, i int) *finding {
 	return nil
 }
 
-// quiet reports whether nothing is in flight to a disk: two readings are equal, and the
-// driver has nothing either time.
-func quiet(last, r *reading, i int) bool {
+// unmoved reports whether two readings are equal and the driver has nothing either time. A
+// write may be on its way to the driver all the same, if the machine is busy.
+func unmoved(last, r *reading, i int) bool {
 	a, b := last.Disks[i], r.Disks[i]
 	n, known := r.inflight[b.ID]
 	m, knownLast := last.inflight[b.ID]

@@ -43,7 +43,7 @@ func (l *ledgerSim) read(at time.Time) reading {
 func playAccounts(seed uint64, hidden bool) (found []finding, late int) {
 	rng := rand.New(rand.NewPCG(seed, 5))
 	var l ledgerSim
-	var a accountant
+	a := accountant{calm: time.Second}
 	at := time.Unix(1000, 0)
 	for tick := range 400 {
 		busy := rng.IntN(3) > 0

@@ -53,8 +53,8 @@ func (r *replicator) distrust(why Reason) error {
 	return nil
 }
 
-// accountEvery is how often the accounts are looked at. Two equal readings are a quiet
-// moment, so a missed write is found two to three of these after a disk comes to rest.
+// accountEvery is how often the accounts are looked at. A missed
+// write is found three to four of these after a disk comes to rest.
 const accountEvery = time.Second
 
 // account watches the accounts of the source until ctx ends or the capture must be
