@@ -9,11 +9,11 @@ import (
 	"farside/internal/quiesce"
 )
 
-// withHooks adds the verbs about hooks to the agent's verb.
+// withHooks adds what is done on an agent's machine besides running it to the agent's verb.
 func withHooks(a *app, role *cobra.Command) *cobra.Command {
 	cmd := &cobra.Command{Use: "hooks", Short: "See and install programs that prepare applications for a point"}
 	cmd.AddCommand(newHooksList(a), newHooksInstall(a))
-	role.AddCommand(cmd)
+	role.AddCommand(cmd, newRelease(a))
 	return role
 }
 

@@ -44,7 +44,8 @@ type agent struct {
 	now    func() time.Time // the clock that deadlines are set by
 	still  *stillness
 	points schedule
-	first  Reason // of the sync behind a start, if the stream can't go on
+	first  Reason             // of the sync behind a start, if the stream can't go on
+	limit  func(memory int64) // holds the process to its memory; nil if it is not the agent's alone
 	// release ends a capture that goes on without a stream; nil if there is none such.
 	release func() error
 
@@ -250,7 +251,11 @@ func (a *agent) replicate(ctx context.Context, w *work, first Reason) (err error
 	}
 
 	tune := defaultTuning()
-	tune.memory, tune.codec = w.memory, w.codec
+	tune.budget(w.memory, o.src)
+	tune.codec = w.codec
+	if a.limit != nil {
+		a.limit(w.memory)
+	}
 	a.mu.Lock()
 	s := newStream(o.src, streamConfig{
 		machine: w.machine, timeline: w.timeline, first: first, used: o.used, tune: tune,

@@ -18,8 +18,8 @@ type Config struct {
 	// Data is the directory that joining made: the agent's identity, and what
 	// the configuration server said last.
 	Data string `yaml:"data"`
-	// Memory bounds the frames that wait for the process server. At least 32 MiB;
-	// default 64 MiB.
+	// Memory bounds what the replication holds, most of it frames that wait for the process
+	// server. At least 32 MiB; default 64 MiB.
 	Memory dr.Size `yaml:"memory"`
 	// Capture says how writes are captured.
 	Capture CaptureConfig `yaml:"capture"`

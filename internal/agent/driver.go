@@ -1,12 +1,10 @@
 package agent
 
 import (
-	"cmp"
 	"errors"
 	"fmt"
 	"net"
 	"os"
-	"path/filepath"
 
 	"farside/internal/capture"
 	"farside/internal/capture/qemu"
@@ -49,10 +47,7 @@ func openDrivers(c CaptureConfig, machine dr.MachineID) (*drivers, error) {
 	if err != nil {
 		return nil, err
 	}
-	d := &drivers{conf: c, guest: guest}
-	if c.Pin != pinOff {
-		d.pins = filepath.Join(cmp.Or(c.Pin, defaultPins), machine.String())
-	}
+	d := &drivers{conf: c, guest: guest, pins: c.pins(machine)}
 	if !c.Tap.set() {
 		return d, nil
 	}

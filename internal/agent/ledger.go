@@ -87,6 +87,8 @@ const (
 	genMaxBytes  = 32 << 20
 
 	minLedgerBlock = 12 // 4 KiB
+
+	minLedger = offFrames + frameEntry*ledgerFrames + 1<<20 // bytes of all of it
 )
 
 var native = binary.NativeEndian
@@ -117,13 +119,12 @@ func ledgerSize(disks []capture.Disk) int {
 	for _, d := range disks {
 		blocks += d.Size>>minLedgerBlock + 1
 	}
-	const fixed = offFrames + frameEntry*ledgerFrames
-	return int(min(fixed+max(blocks, 1<<20), ledgerBytes))
+	return int(min(minLedger-1<<20+max(blocks, 1<<20), ledgerBytes))
 }
 
 // layLedger finds out where everything is.
 func layLedger(mem []byte, disks []capture.Disk) (*ledger, error) {
-	if len(disks) > maxLedger || len(mem) < offFrames+frameEntry*ledgerFrames+1<<20 {
+	if len(disks) > maxLedger || len(mem) < minLedger {
 		return nil, fmt.Errorf("ledger of %d disks in %d bytes: %w", len(disks), len(mem), dr.ErrInvalid)
 	}
 	l := &ledger{mem: mem, frames: ledgerFrames, maxFrames: genMaxFrames, shift: minLedgerBlock}

@@ -1,20 +1,54 @@
 package agent
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
+	"time"
 
 	"farside/internal/capture"
 	"farside/internal/capture/ebpf"
 	"farside/internal/dr"
+	"farside/internal/transport"
 )
 
 const (
 	pinOff      = "off"
 	defaultPins = ebpf.FileSystem + "/farside"
 )
+
+// pins returns the directory in which a machine's capture is pinned, "" if it is not.
+func (c *CaptureConfig) pins(machine dr.MachineID) string {
+	if c.Pin == pinOff {
+		return ""
+	}
+	return filepath.Join(cmp.Or(c.Pin, defaultPins), machine.String())
+}
+
+// Release takes the capture that goes on without the agent out of the kernel, and reports
+// whether there was one: for a machine from which the agent is removed. The error wraps
+// dr.ErrExists while the agent runs, dr.ErrNotFound if the node has not joined, and dr.ErrInvalid
+// if it joined as something else.
+func Release(c Config) (removed bool, err error) {
+	id, err := transport.LoadIdentity(c.Data, time.Now)
+	if err != nil {
+		return false, fmt.Errorf("release capture: %w", err)
+	}
+	if role := id.Peer().Role; role != transport.RoleAgent {
+		return false, fmt.Errorf("release capture: %s is the data directory of a %s: %w", c.Data, role, dr.ErrInvalid)
+	}
+	d := &drivers{pins: c.Capture.pins(id.Peer().Machine)}
+	if d.pins != "" {
+		_, err = os.Lstat(d.pins)
+		removed = err == nil
+	}
+	if err := d.release(); err != nil {
+		return false, fmt.Errorf("release capture: %w", err)
+	}
+	return removed, nil
+}
 
 // openEBPF opens the capture that goes on without the agent; where that can't be had, one
 // that ends with it, and says why.

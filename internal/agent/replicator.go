@@ -25,6 +25,7 @@ type tuning struct {
 	wait        time.Duration // longest wait for events, so the delay of anything else
 	resumeWait  time.Duration // longest wait within a step for the source to resume
 	retry       time.Duration // pause of the bulk after a disk could not be read
+	ledger      int           // bytes of the ledger, if the source does not bring its memory
 	generation  int           // frames of a generation of the ledger
 }
 

@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"cmp"
 	"fmt"
 
 	"farside/internal/capture"
@@ -96,7 +97,7 @@ func (r *replicator) openLedger(c frame.Cursor) error {
 			clear(mem[:min(len(mem), len(ledgerMagic))]) // another capture's
 		}
 		if mem == nil {
-			mem = make([]byte, ledgerSize(r.src.Disks()))
+			mem = make([]byte, cmp.Or(r.tune.ledger, ledgerSize(r.src.Disks())))
 		}
 		var err error
 		if r.led, err = openLedger(mem, c.Machine, c.Position.Timeline, r.src.Disks()); err != nil {

@@ -53,6 +53,7 @@ func Run(ctx context.Context, c Config, log *slog.Logger) (err error) {
 	a.news, a.now = client.ReportSoon, client.ServerTime
 	r := &reporter{agent: a, machine: machine, root: os.DirFS("/"), want: wantedOf(c), more: d.offered}
 	a.release = d.release
+	a.limit = limitGo
 	rec := newRecord(client, control.Host().GetBootId())
 	a.first = rec.reason(log)
 	defer rec.ended(log)
