@@ -30,6 +30,7 @@ func (f *fire) spanKinds() map[string]int {
 // is read from the disk again.
 func TestRestartStaysExact(t *testing.T) {
 	var before, after map[string]int
+	var last *fire
 	burn(t, labOptions{size: fireDisk, pin: true}, func(f *fire) {
 		before = f.spanKinds()
 		for i := range 5 {
@@ -53,7 +54,18 @@ func TestRestartStaysExact(t *testing.T) {
 			f.pause(300*time.Millisecond, time.Second)
 		}
 		after = f.spanKinds()
+		last = f
 	})
+	if t.Failed() {
+		return
+	}
+	reported := func(m *farsidev1.Machine) bool { return m.GetStream() != nil }
+	if folds := last.until(time.Minute, "the process server has reported", reported).GetStream().GetFolds(); folds > 0 {
+		// On a busy machine the process server folds what waits: its spans say nothing of the agent, whose
+		// events were judged above.
+		t.Logf("%d folds; spans before %v, after the restarts %v", folds, before, after)
+		return
+	}
 	if before["open"] != after["open"] || after["ACCURACY_EXACT"] != before["ACCURACY_EXACT"] {
 		t.Errorf("spans before %v, after the restarts %v", before, after)
 	}
