@@ -195,7 +195,7 @@ func (s *sim) act() error {
 		return s.calm()
 	case n == 99 && s.marks:
 		if s.rep.phase != Waiting && s.rng.IntN(6) == 0 {
-			return s.rep.distrust(ReasonAccounting)
+			return s.mortal(func() error { return s.rep.distrust(ReasonAccounting) })
 		}
 		return s.mem.Mark(dr.Extent{Disk: s.mem.Disks()[0].ID, Offset: s.rng.Int64N(40) * 4096, Length: 4096})
 	}
@@ -264,7 +264,21 @@ func (s *sim) land(i int) {
 
 // step lets the replicator work. A source that can't be told to overflow needs
 // writes that land within its settling time.
-func (s *sim) step() (err error) {
+func (s *sim) step() error {
+	for s.plain && len(s.inflight) > 0 && s.inflight[0].tick < s.tick-200 {
+		s.land(0)
+	}
+	err := s.mortal(func() error {
+		_, err := s.rep.step(context.Background(), s.at(), 0)
+		return err
+	})
+	used, _ := s.out.used()
+	s.peak = max(s.peak, used)
+	return err
+}
+
+// mortal lets the replicator do something in which it may be killed.
+func (s *sim) mortal(do func() error) (err error) {
 	defer func() {
 		x := recover()
 		if _, ok := x.(agentKilled); ok {
@@ -274,13 +288,7 @@ func (s *sim) step() (err error) {
 		}
 		err = errors.Join(err, s.failed)
 	}()
-	for s.plain && len(s.inflight) > 0 && s.inflight[0].tick < s.tick-200 {
-		s.land(0)
-	}
-	_, err = s.rep.step(context.Background(), s.at(), 0)
-	used, _ := s.out.used()
-	s.peak = max(s.peak, used)
-	return err
+	return do()
 }
 
 // receive carries up to n frames to the far side.
