@@ -20,7 +20,8 @@ type Identity struct {
 }
 
 // Stable returns what names the device beyond reboots and whatever path it comes up
-// at, or "" if nothing does. Two devices with the same one are copies of each other.
+// at, or "" if nothing does (a loop device, say). Two devices with the same one are copies of
+// each other, or one that is reached twice.
 func (id *Identity) Stable() string {
 	whole := ""
 	switch {
