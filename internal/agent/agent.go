@@ -46,6 +46,8 @@ type agent struct {
 	points schedule
 	first  Reason             // of the sync behind a start, if the stream can't go on
 	limit  func(memory int64) // holds the process to its memory; nil if it is not the agent's alone
+	// compareRate bounds what comparisons read, in bytes a second; 0 sets no bound.
+	compareRate int64
 	// release ends a capture that goes on without a stream; nil if there is none such.
 	release func() error
 
@@ -260,6 +262,7 @@ func (a *agent) replicate(ctx context.Context, w *work, first Reason) (err error
 	s := newStream(o.src, streamConfig{
 		machine: w.machine, timeline: w.timeline, first: first, used: o.used, tune: tune,
 		dial: a.dial, log: a.log, notices: &a.notices, news: a.news, still: a.still, schedule: &a.points,
+		compareRate: a.compareRate,
 	})
 	a.mu.stream, a.mu.driver, a.mu.err = s, o.driver, nil
 	p := a.mu.assigned

@@ -182,7 +182,7 @@ func TestAgentFenced(t *testing.T) {
 	play(t, func(l *lab) {
 		l.assign(l.assignment(nil))
 		time.Sleep(time.Second)
-		l.server.set(func() { l.server.mu.at.Position = dr.Position{Timeline: 2, Seq: 1} })
+		l.server.set(func() { l.server.mu.at.Position = dr.Position{Timeline: 2, Seq: 100} })
 		l.server.hangUp()
 		time.Sleep(time.Minute)
 		r := l.expect(t, "old timeline", pb.Phase_PHASE_FENCED)

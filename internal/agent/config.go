@@ -27,6 +27,8 @@ type Config struct {
 	LoopDevices bool `yaml:"loop_devices"`
 	// Disks are paths that are offered for protection besides those found.
 	Disks []string `yaml:"disks"`
+	// Compare says how disks are compared with the far side.
+	Compare CompareConfig `yaml:"compare"`
 	// Points says how consistency points are made.
 	Points PointsConfig `yaml:"points"`
 	// Version is the program's, for reports; the program sets it.
@@ -49,6 +51,13 @@ type CaptureConfig struct {
 	// QEMU is the guest whose disks are captured from outside.
 	QEMU QEMUConfig `yaml:"qemu"`
 	Scan ScanConfig `yaml:"scan"`
+}
+
+// CompareConfig says how disks are compared with what the far side holds.
+type CompareConfig struct {
+	// Rate bounds what comparisons read, in bytes a second; 0, the default, sets no bound.
+	// Captured writes come first in any case.
+	Rate dr.Size `yaml:"rate"`
 }
 
 // PointsConfig says how consistency points are made on this machine. When they are made

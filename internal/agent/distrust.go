@@ -41,15 +41,32 @@ func (r *replicator) distrust(why Reason) error {
 	empty := r.phase == Syncing && r.sync.empty
 	r.begin(why)
 	r.sync.empty = empty
+	for _, d := range r.disks {
+		d.Total = d.Size
+	}
+	r.sync.suspect = true
+	r.retreat()
+	return nil
+}
+
+// compareSuspect begins the comparison that distrust asked for. What was captured before is in
+// the stream by now: only an answer about a position behind it all counts, since the change that was missed
+// may be newer.
+func (r *replicator) compareSuspect() error {
+	if !r.sync.suspect {
+		return nil
+	}
+	if err := r.cutFrame(); err != nil {
+		return err
+	}
 	var all []dr.DiskID
 	for _, d := range r.disks {
-		all, d.Total = append(all, d.ID), d.Size
+		all = append(all, d.ID)
 	}
-	if err := r.compare.Begin(all); err != nil {
+	if err := r.compare.Begin(r.enc.Cursor().Position, all); err != nil {
 		return fmt.Errorf("compare: %w", err)
 	}
-	r.sync.comparing = r.compare
-	r.retreat()
+	r.sync.suspect, r.sync.comparing, r.sync.counted = false, r.compare, false
 	return nil
 }
 

@@ -34,6 +34,7 @@ type syncState struct {
 	unverified error     // why the source does not vouch for a point
 	idle       bool      // nothing to do before the source finds something or vouches
 
+	suspect   bool      // everything is to be compared once the source has passed await
 	comparing comparing // what finds out what differs; nil: it is known
 
 	empty   bool // the far side held nothing when the stream began
@@ -117,6 +118,9 @@ func (r *replicator) drain(ctx context.Context) error {
 	if r.sync.retreating = r.sync.retreating && r.src.Consumed() < r.sync.await; r.sync.retreating {
 		return nil
 	}
+	if err := r.compareSuspect(); err != nil {
+		return err
+	}
 	if r.now.Before(r.sync.bulkFrom) {
 		return nil
 	}
@@ -146,6 +150,11 @@ func (r *replicator) compared() bool {
 	if !r.sync.comparing.Done() {
 		r.sync.closing, r.sync.idle = false, true
 		return false
+	}
+	if _, total := r.sync.comparing.Progress(); total > 0 {
+		for _, d := range r.disks {
+			d.Total, d.Done = 0, 0 // what is left is dirty
+		}
 	}
 	// What differs was marked before Done was true: count it.
 	r.sync.comparing, r.sync.counted = nil, false

@@ -12,19 +12,23 @@ import (
 // comparing finds out in which ranges the far side differs, and marks them in the
 // source. Its work may go on while the stream syncs.
 type comparing interface {
-	// Begin forgets what was and compares all of the disks.
-	Begin(disks []dr.DiskID) error
+	// Begin forgets what was and compares all of the disks with what the far side holds at from or
+	// later. Everything that is read before does not count, so whatever was captured and is no longer
+	// known must mark what it changes when it lands.
+	Begin(from dr.Position, disks []dr.DiskID) error
 	// Done reports whether everything was compared, and what differs was marked.
 	Done() bool
 	// Progress returns how many bytes were compared, of how many.
 	Progress() (done, total int64)
+	// Fault returns why it does not get on; nil if it does.
+	Fault() error
 }
 
 // wholesale takes everything for different: it needs nothing from the far side.
 type wholesale struct{ src capture.Source }
 
 // Begin implements comparing.
-func (w wholesale) Begin(disks []dr.DiskID) error {
+func (w wholesale) Begin(_ dr.Position, disks []dr.DiskID) error {
 	for _, id := range disks {
 		for _, d := range w.src.Disks() {
 			if d.ID != id {
@@ -43,6 +47,9 @@ func (wholesale) Done() bool { return true }
 
 // Progress implements comparing.
 func (wholesale) Progress() (done, total int64) { return 0, 0 }
+
+// Fault implements comparing.
+func (wholesale) Fault() error { return nil }
 
 // course is how a stream goes on from where its receiver stands.
 type course struct {
@@ -129,20 +136,26 @@ func (r *replicator) take(c course, why Reason) error {
 			return fmt.Errorf("mark %v: %w", x, err)
 		}
 	}
+	r.expect(c)
+	if v, ok := r.src.(capture.Survivor); r.stats.consumed || ok && v.Adopted() {
+		r.retreat() // writes of the old stream may still be in flight: from here on they mark what they change
+	}
+	return r.beginCompare(c)
+}
+
+// beginCompare compares what nothing is known of.
+func (r *replicator) beginCompare(c course) error {
+	if len(c.whole) == 0 {
+		return nil
+	}
 	compare := r.compare
 	if c.empty {
 		compare = wholesale{r.src}
 	}
-	if len(c.whole) > 0 {
-		if err := compare.Begin(c.whole); err != nil {
-			return err
-		}
-		r.sync.comparing = compare
+	if err := compare.Begin(c.cursor.Position, c.whole); err != nil {
+		return err
 	}
-	r.expect(c)
-	if v, ok := r.src.(capture.Survivor); r.stats.consumed || ok && v.Adopted() {
-		r.retreat() // writes of the old stream may still be in flight
-	}
+	r.sync.comparing = compare
 	return nil
 }
 

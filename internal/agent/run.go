@@ -50,6 +50,7 @@ func Run(ctx context.Context, c Config, log *slog.Logger) (err error) {
 	defer func() { err = errors.Join(err, d.Close()) }()
 
 	a := newAgent(d.open, dialAs(client.Identity()), int64(c.Memory), log)
+	a.compareRate = int64(c.Compare.Rate)
 	a.news, a.now = client.ReportSoon, client.ServerTime
 	r := &reporter{agent: a, machine: machine, root: os.DirFS("/"), want: wantedOf(c), more: d.offered}
 	a.release = d.release

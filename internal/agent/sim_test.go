@@ -32,6 +32,9 @@ type simOptions struct {
 	badReads  bool // a bulk read fails now and then
 	kills     bool // the agent is killed and begins again; the capture goes on
 	reboots   bool // the machine crashes
+	compares  bool // what is not known is compared, not read
+	early     bool // negative control: any answer counts, however old
+	lazy      bool // negative control: what differs is not marked
 	forgetful bool // negative control: what is taken of the dirty set is not noted
 	reckless  bool // negative control: any restart goes on as if it were exact
 	gen       int  // frames of a generation of the ledger; 0: as usual
@@ -59,8 +62,9 @@ type sim struct {
 	saved    []*farSide // what the far side held before
 	tags     int
 	asked    map[[16]byte]int64 // tick
-	still    bool               // nothing happens besides the calls of the test
-	peak     int64              // largest use of the outbox
+	cmp      simCompare
+	still    bool  // nothing happens besides the calls of the test
+	peak     int64 // largest use of the outbox
 }
 
 type op struct {
@@ -167,6 +171,9 @@ func (s *sim) run() error {
 }
 
 func (s *sim) act() error {
+	if s.compares && s.rng.IntN(3) == 0 {
+		return s.compareStep()
+	}
 	switch n := s.rng.IntN(100); {
 	case n < 35:
 		s.submit()
@@ -180,7 +187,7 @@ func (s *sim) act() error {
 		s.ack()
 	case n == 93 && s.kills && s.rng.IntN(3) == 0:
 		return s.kill()
-	case n == 94 && s.reboots && s.rng.IntN(5) == 0:
+	case n == 94 && s.reboots && (s.compares || s.rng.IntN(5) == 0):
 		return s.reboot()
 	case n < 95 && s.overflows:
 		s.mem.Overflow()
@@ -301,6 +308,7 @@ func (s *sim) receive(n int) error {
 		if b == nil {
 			return nil
 		}
+		s.rememberVault()
 		if err := s.far.apply(b, s); err != nil {
 			return err
 		}
@@ -327,6 +335,7 @@ func (s *sim) lose() {
 	if n := len(s.saved); n > 0 {
 		i := s.rng.IntN(n)
 		s.far, s.saved = s.saved[i].clone(), s.saved[:i+1]
+		s.cmp.vault = nil
 		s.reconnect()
 	}
 }
@@ -351,6 +360,14 @@ func (s *sim) quiet() error {
 		s.tick += 5
 		if err := s.step(); err != nil {
 			return err
+		}
+		for s.compares && !s.cmp.Done() {
+			if err := s.compareStep(); err != nil {
+				return err
+			}
+			if s.rng.IntN(4) == 0 {
+				break
+			}
 		}
 		if err := s.receive(100); err != nil {
 			return err

@@ -32,6 +32,9 @@ func (m simSurvivor) TakeDirtyNoted(limit int64, note func([]dr.Extent)) ([]dr.E
 func (s *sim) start() {
 	s.out = newOutbox()
 	s.rep = newReplicator(s.source(), s.out, s.tuning())
+	if s.compares {
+		s.cmp.start(s)
+	}
 	s.rep.blind, s.rep.forgetful, s.rep.reckless = s.blind, s.forgetful, s.reckless
 }
 

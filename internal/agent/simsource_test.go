@@ -32,7 +32,7 @@ func (m simSource) meanwhile() {
 	}
 	s.tick++
 	switch n := s.rng.IntN(40); {
-	case n == 3 && s.kills:
+	case n == 3 && s.kills && !s.cmp.busy: // the step of the replicator ends here
 		panic(agentKilled{})
 	case n == 4: // the link works beside the replicator
 		s.failed = errors.Join(s.failed, s.receive(1+s.rng.IntN(2)))
@@ -42,6 +42,8 @@ func (m simSource) meanwhile() {
 		s.lose()
 	case n == 2 && s.overflows:
 		s.mem.Overflow()
+	case n < 6 && s.compares && !s.cmp.busy:
+		s.failed = errors.Join(s.failed, s.compareStep())
 	case n < 25:
 		s.submit()
 	default:

@@ -12,14 +12,16 @@ import (
 
 // status is what a replicator says of itself. It is a copy.
 type status struct {
-	phase   Phase
-	why     Reason
-	started time.Time // of the newest sync
-	dirty   int64     // bytes, while syncing
-	disks   []diskStatus
-	stats   counters
-	source  capture.Stats
-	fault   error // why a sync makes no progress
+	phase               Phase
+	why                 Reason
+	started             time.Time // of the newest sync
+	dirty               int64     // bytes, while syncing
+	disks               []diskStatus
+	stats               counters
+	source              capture.Stats
+	fault               error // why a sync makes no progress
+	compared, toCompare int64 // bytes, of a comparison that is under way
+
 	noPoint error // why the source does not vouch for a point
 	placed  map[[16]byte]dr.Position
 }
@@ -34,15 +36,24 @@ func (r *replicator) status() status {
 		phase: r.phase, why: r.why, started: r.sync.started, dirty: r.sync.dirty, stats: r.stats,
 		source: r.src.Stats(), fault: r.sync.fault, noPoint: r.sync.unverified, placed: maps.Clone(r.tags.placed),
 	}
+	if c := r.sync.comparing; c != nil {
+		s.compared, s.toCompare = c.Progress()
+		if s.fault == nil {
+			s.fault = c.Fault()
+		}
+	}
 	for _, d := range r.disks {
 		s.disks = append(s.disks, diskStatus{d.Disk, d.DiskCounters})
 	}
 	return s
 }
 
-// progress returns how far a sync has come: bytes of all disks for a full one,
-// the rest of what is dirty for another.
+// progress returns how far a sync has come: bytes of all disks while they are compared or
+// copied as a whole, the rest of what is dirty for another.
 func (s *status) progress() (done, total int64) {
+	if s.toCompare > 0 {
+		return s.compared, s.toCompare
+	}
 	for _, d := range s.disks {
 		done, total = done+d.Done, total+d.Total
 	}

@@ -40,6 +40,8 @@ type stream struct {
 	log      *slog.Logger
 	notices  *chronicle // outlives the stream
 	news     func()     // called when something happened that people wait for
+	comparer *comparer
+	rate     int64 // of comparisons, bytes a second; 0: no bound
 	points   *pointMaker
 	barriers barriers
 
@@ -69,6 +71,9 @@ type streamConfig struct {
 	timeline dr.Timeline
 	first    Reason
 	used     bool // events of the source were taken over before
+
+	compareRate int64 // bytes a second that comparisons read; 0: no bound
+
 	tune     tuning
 	dial     dialer
 	log      *slog.Logger
@@ -85,6 +90,8 @@ func newStream(src capture.Source, c streamConfig) *stream {
 	}
 	s.rep = newReplicator(src, s.out, c.tune)
 	s.rep.stats.consumed = c.used
+	s.comparer, s.rate = newComparer(src), c.compareRate
+	s.rep.compare = s.comparer
 	s.mu.serverNew, s.mu.tagsChanged = make(chan struct{}), make(chan struct{})
 	s.points = &pointMaker{stream: s, stillness: cmp.Or(c.still, newStillness(never, nil)), schedule: cmp.Or(c.schedule, &schedule{})}
 	s.barriers.prepare, s.barriers.place = s.points.prepareGroup, s.place
@@ -98,7 +105,9 @@ func (s *stream) run(ctx context.Context) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	var wg sync.WaitGroup
-	for _, part := range []func(context.Context) error{s.replicate, s.keepLink, s.points.run, s.barriers.run, s.account} {
+	for _, part := range []func(context.Context) error{
+		s.replicate, s.keepLink, s.keepComparing, s.points.run, s.barriers.run, s.account,
+	} {
 		wg.Go(func() { cancel(part(ctx)) })
 	}
 	wg.Wait()
@@ -328,6 +337,27 @@ func (s *stream) send(ctx context.Context, node, addr string) error {
 		Source: source{s, addr}, Window: s.rep.tune.memory,
 		Connected: s.setFar, Handle: s.called,
 	})
+}
+
+// keepComparing runs the comparisons that the replicator begins.
+func (s *stream) keepComparing(ctx context.Context) error {
+	ask := func(ctx context.Context, body []byte) ([]byte, error) {
+		s.mu.Lock()
+		far := s.mu.far
+		s.mu.Unlock()
+		if far == nil {
+			return nil, fmt.Errorf("no process server is connected: %w", dr.ErrUnavailable)
+		}
+		return far.Call(ctx, link.CallCompare, body)
+	}
+	return s.comparer.run(ctx, ask, s.busy, s.rate)
+}
+
+// busy reports whether captured writes need what comparing would take from them.
+func (s *stream) busy() bool {
+	waiting, _ := s.out.used()
+	src := s.src.Stats()
+	return waiting > s.rep.tune.memory/2 || src.RingUsed > src.RingSize/4
 }
 
 // setFar notes how to call the process server, and through it the master target.

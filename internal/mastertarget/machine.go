@@ -65,6 +65,7 @@ type machine struct {
 	vault *vault.Vault
 	log   *slog.Logger
 	folds sync.WaitGroup
+	hash  chan struct{} // has room for as many as may read and hash at a time, of all machines
 	stop  context.CancelFunc
 
 	frames, bytes atomic.Int64 // received since the start
@@ -79,7 +80,7 @@ type machine struct {
 }
 
 // openMachine opens the vault of a machine, or makes it, and begins to fold.
-func openMachine(ctx context.Context, fsys vfs.FS, dir string, o vault.Options, w wanted, log *slog.Logger) (*machine, error) {
+func openMachine(ctx context.Context, fsys vfs.FS, dir string, o vault.Options, w wanted, hash chan struct{}, log *slog.Logger) (*machine, error) {
 	v, err := vault.Open(ctx, fsys, dir, o)
 	if errors.Is(err, dr.ErrNotFound) {
 		v, err = vault.Create(fsys, dir, w.id, nil, o)
@@ -90,7 +91,7 @@ func openMachine(ctx context.Context, fsys vfs.FS, dir string, o vault.Options, 
 	if v.Machine() != w.id {
 		return nil, errors.Join(fmt.Errorf("vault %s is that of machine %v: %w", dir, v.Machine(), dr.ErrCorrupt), v.Close())
 	}
-	m := &machine{vault: v, log: log.With("machine", w.id)}
+	m := &machine{vault: v, hash: hash, log: log.With("machine", w.id)}
 	m.mu.wanted = w
 	ctx, m.stop = context.WithCancel(ctx)
 	m.folds.Go(func() { m.fold(ctx) })
@@ -186,6 +187,8 @@ func (m *machine) open(h link.Hello) (link.Sink, error) {
 	}
 	return &sink{m, at, link.NewProgress(link.Ack{Stored: at.Position.Seq, Durable: at.Position.Seq})}, nil
 }
+
+var _ link.CallSink = (*sink)(nil)
 
 // sink takes a stream's frames into the vault.
 type sink struct {

@@ -8,6 +8,7 @@ import (
 	"maps"
 	"net"
 	"path"
+	"runtime"
 	"slices"
 	"sync"
 	"time"
@@ -34,6 +35,7 @@ type server struct {
 	exports *export.Server
 	log     *slog.Logger
 	links   link.Server
+	hash    chan struct{} // has room for as many as may read and hash at a time
 	changed chan struct{} // has a token when there is a new assignment
 	soon    func()        // asks for a report
 
@@ -56,7 +58,7 @@ type failedView struct {
 func newServer(fsys vfs.FS, dir string, o vault.Options, history time.Duration, exports *export.Server, soon func(), log *slog.Logger) *server {
 	s := &server{
 		fs: fsys, dir: dir, options: o, history: history, exports: exports, log: log,
-		changed: make(chan struct{}, 1), soon: soon,
+		changed: make(chan struct{}, 1), soon: soon, hash: make(chan struct{}, runtime.GOMAXPROCS(0)),
 	}
 	s.links.Authorize = s.authorize
 	s.links.Open = s.open
@@ -179,7 +181,7 @@ func (s *server) keepMachine(ctx context.Context, id dr.MachineID, w wanted) {
 	m := s.machine(id)
 	if m == nil {
 		var err error
-		m, err = openMachine(ctx, s.fs, path.Join(s.dir, id.String()), s.options, w, s.log)
+		m, err = openMachine(ctx, s.fs, path.Join(s.dir, id.String()), s.options, w, s.hash, s.log)
 		s.mu.Lock()
 		if err != nil {
 			if s.mu.faults[id] == nil {

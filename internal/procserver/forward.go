@@ -62,6 +62,7 @@ func (s *stream) forwardOnce(ctx context.Context) error {
 	}
 	return link.Send(ctx, conn, link.SenderOptions{
 		Hello: link.Hello{Machine: s.machine, Timeline: s.timeline}, Source: &source{s: s},
+		Connected: s.setCaller,
 	})
 }
 

@@ -47,6 +47,7 @@ type stream struct {
 		ready     bool           // agents may connect: the spool stands on the route's timeline and is not being reset
 		connected bool           // to the master target
 		agent     *link.Caller   // of the newest connection of the agent; nil before the first
+		target    *link.Caller   // of the newest connection to the master target; nil before the first
 		err       error          // of the last connection to it
 		received  int64          // frames from the agent
 		bytesIn   int64          // of them, as they came
@@ -114,11 +115,6 @@ func (k *sink) Connected(c *link.Caller) {
 	k.s.mu.Lock()
 	defer k.s.mu.Unlock()
 	k.s.mu.agent = c
-}
-
-// Handle implements link.CallSink.
-func (k *sink) Handle(_ context.Context, kind link.CallKind, _ []byte) ([]byte, error) {
-	return nil, fmt.Errorf("call of kind %d by an agent: %w", kind, dr.ErrUnsupported)
 }
 
 // Append implements link.Sink: it compresses the frames and spools them.

@@ -70,6 +70,21 @@ func (v *Vault) At(p dr.Position) (*State, error) {
 	return s, nil
 }
 
+// Newest opens the state behind everything that is durable, whether that is a
+// recovery point or not. For comparing only: what a stream is still syncing may be
+// neither what the disks were nor what they will be.
+func (v *Vault) Newest() (*State, error) {
+	head := v.Head()
+	s := &State{
+		v: v, timeline: head.Position.Timeline, through: head.Position.Seq,
+		point: dr.RecoveryPoint{Position: head.Position},
+	}
+	if err := v.pin(s); err != nil {
+		return nil, err
+	}
+	return s, nil
+}
+
 // pin keeps the horizon from passing s and makes s ready.
 func (v *Vault) pin(s *State) error {
 	v.mu.Lock()
