@@ -64,7 +64,7 @@ func (l *Loop) Mount(dir string, args ...string) (unmount func() error, err erro
 	}
 	return func() (err error) {
 		// A process that another test is just starting may hold what this one has open.
-		for range 20 {
+		for range 100 {
 			if _, err = run("umount", dir); err == nil || !strings.Contains(err.Error(), "busy") {
 				return err
 			}
