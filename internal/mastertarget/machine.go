@@ -92,6 +92,9 @@ func openMachine(ctx context.Context, fsys vfs.FS, dir string, o vault.Options, 
 		return nil, errors.Join(fmt.Errorf("vault %s is that of machine %v: %w", dir, v.Machine(), dr.ErrCorrupt), v.Close())
 	}
 	m := &machine{vault: v, hash: hash, log: log.With("machine", w.id)}
+	for _, lost := range v.Lost() {
+		m.log.Error("the vault is older than it was; the machine sends again what is missing", "error", lost)
+	}
 	m.mu.wanted = w
 	ctx, m.stop = context.WithCancel(ctx)
 	m.folds.Go(func() { m.fold(ctx) })

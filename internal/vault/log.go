@@ -53,8 +53,11 @@ func openLog(ctx context.Context, v *Vault, t timelineInfo) (*Log, error) {
 	}
 	from := v.index.mark(t.ID)
 	if end := l.mu.head.Position.Seq; from > end {
-		l.close() // nothing was written yet
-		return nil, fmt.Errorf("log of timeline %d ends at %d but was durable through %d: %w", t.ID, end, from, dr.ErrCorrupt)
+		if err := v.forget(t.ID, end, from); err != nil {
+			l.close() // nothing was written yet
+			return nil, err
+		}
+		from = 0 // what is left of it is indexed anew
 	}
 	if t.ID == m.BaseTimeline {
 		from = max(from, m.Base)
@@ -65,6 +68,23 @@ func openLog(ctx context.Context, v *Vault, t timelineInfo) (*Log, error) {
 	}
 	l.mu.durable = l.mu.head
 	return l, nil
+}
+
+// forget accepts that the newest bytes of a log are gone although they had been durable:
+// a disk that lied, or somebody's hand. What is left is whole, and the sender, which is told
+// the position that is left, sends again what it lacks. Lost tells of it. A log from which another one
+// forks behind its end can't be accepted.
+func (v *Vault) forget(tl dr.Timeline, end, durable dr.Seq) error {
+	for _, t := range v.manifest.Load().Timelines {
+		if t.Parent == tl && t.Fork > end {
+			return fmt.Errorf("log of timeline %d ends at %d but was durable through %d, and timeline %d forks in between: %w", tl, end, durable, t.ID, dr.ErrCorrupt)
+		}
+	}
+	if err := v.index.removeTimeline(tl); err != nil {
+		return err
+	}
+	v.lost = append(v.lost, fmt.Errorf("log of timeline %d ends at %d but was durable through %d: what lay behind is gone: %w", tl, end, durable, dr.ErrCorrupt))
+	return nil
 }
 
 // findStart sets the cursor that the log's first frame continues.

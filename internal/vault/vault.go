@@ -46,6 +46,7 @@ type Vault struct {
 	lock     io.Closer
 	index    *index
 	segs     *segments
+	lost     []error // that Open found; see Lost
 
 	images     atomic.Pointer[map[dr.DiskID]*image] // replaced as a whole
 	manifest   atomic.Pointer[manifest]
@@ -289,6 +290,10 @@ func (v *Vault) log(tl dr.Timeline) *Log {
 	defer v.mu.Unlock()
 	return v.mu.logs[tl]
 }
+
+// Lost tells what had been durable and was gone when the vault was opened. The
+// vault is whole without it.
+func (v *Vault) Lost() []error { return v.lost }
 
 // Head returns where the durable stream of the machine ends.
 func (v *Vault) Head() frame.Cursor { return v.Log().Durable() }
