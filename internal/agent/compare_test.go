@@ -220,13 +220,15 @@ func TestCompareRun(t *testing.T) {
 		c, mem, f, stop := running(t, idle, 0)
 		defer stop()
 		for round, differ := range []int64{0, 1} {
+			f.mu.Lock()
 			if differ > 0 {
 				f.disks[1][runDisk-1]++
 			}
+			f.bytes = 0
+			f.mu.Unlock()
 			if err := c.Begin(dr.Position{Timeline: 1, Seq: 9}, []dr.DiskID{1}); err != nil {
 				t.Fatal(err)
 			}
-			f.bytes = 0
 			time.Sleep(time.Minute)
 			dirty, err := mem.Dirty()
 			done, total := c.Progress()

@@ -125,6 +125,7 @@ func TestCallsWithoutTarget(t *testing.T) {
 		})
 		defer func() { cancel(); r.srv.close(); wg.Wait() }()
 		for _, body := range []string{"wait", "hello"} {
+			synctest.Wait() // until the target is off as a whole
 			if _, err := r.agent.Call(ctx, link.CallCompare, []byte(body)); !errors.Is(err, dr.ErrUnavailable) {
 				t.Errorf("%s without a target: %v", body, err)
 			}

@@ -3,6 +3,7 @@ package vault
 import (
 	"context"
 	"math/rand/v2"
+	"sync"
 	"testing"
 
 	"farside/internal/vfs"
@@ -23,7 +24,11 @@ func TestGrowCrashes(t *testing.T) {
 	rng := rand.New(rand.NewPCG(31, 4))
 	var all []snapshot
 	growing := false
+	var mu sync.Mutex // the index deletes files from goroutines of its own
+	grows := func(yes bool) { mu.Lock(); growing = yes; mu.Unlock() }
 	v, err := Open(context.Background(), vfs.NewFault(m.mem, func(op vfs.Op) error {
+		mu.Lock()
+		defer mu.Unlock()
 		if growing && op.Kind.Changes() {
 			all = append(all, snapshot{m.mem.Crash(rng.Uint64()), m.synced, op})
 		}
@@ -32,11 +37,11 @@ func TestGrowCrashes(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	growing = true
+	grows(true)
 	if err := v.AddDisk(d); err != nil {
 		t.Fatal(err)
 	}
-	growing = false
+	grows(false)
 	if err := v.Close(); err != nil {
 		t.Fatal(err)
 	}

@@ -170,6 +170,9 @@ func TestLateCompletion(t *testing.T) {
 
 // TestCrowdedTable leaves no place in which writes could be noted.
 func TestCrowdedTable(t *testing.T) {
+	if testing.Short() {
+		t.Skip("not with -short: the race detector makes the consumer slower than the writers")
+	}
 	loop := newLoop(t, 32<<20)
 	src := openDisks(t, Options{RingBytes: 1 << 20}, loop)
 	src.giveUp = 300 * time.Millisecond
