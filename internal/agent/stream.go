@@ -88,6 +88,9 @@ func newStream(src capture.Source, c streamConfig) *stream {
 		machine: c.machine, timeline: c.timeline, first: c.first,
 		src: src, out: newOutbox(), dial: c.dial, log: c.log, notices: c.notices, news: c.news,
 	}
+	// What is dirty is read while the buffer takes what is written meanwhile: a quarter of it is not
+	// much to wait for, and a machine that writes quickly would never have less.
+	c.tune.resumeBelow = max(c.tune.resumeBelow, src.Stats().RingSize/4)
 	s.rep = newReplicator(src, s.out, c.tune)
 	s.rep.stats.consumed = c.used
 	s.comparer, s.rate = newComparer(src), c.compareRate

@@ -29,7 +29,10 @@ type hermit struct {
 	loads  [2]load.Oracle
 }
 
-const hermitDisk = 320 << 20
+const (
+	hermitDisk = 320 << 20
+	logTail    = 64 << 10 // of the agent's log, when a test failed
+)
 
 func newHermit(t *testing.T) *hermit {
 	testenv.NeedEBPF(t)
@@ -100,16 +103,23 @@ func (h *hermit) moveIn() {
 		h.t.Fatal(err)
 	}
 	h.stage.Processes = append(h.stage.Processes, h.agent)
+	h.t.Cleanup(func() {
+		if text, err := os.ReadFile(home + "/agent.log"); h.t.Failed() {
+			h.t.Logf("the agent's log: %v\n%s", err, text[max(0, len(text)-logTail):])
+		}
+	})
 	if err := h.stage.Wait(h.t.Context(), 30*time.Second); err != nil {
 		h.t.Fatal(err)
 	}
 }
 
-// running runs the mixed load on some of the disks while fn runs.
+// running runs the mixed load on some of the disks while fn runs. It is slowed: at full speed
+// two of them write 260 MB/s where the page cache is fast, more than the roles of one machine replicate,
+// and after an overflow there would be no exact stream to judge.
 func (h *hermit) running(fn func(), disks ...int) {
 	h.t.Helper()
 	for _, i := range disks {
-		stop, err := load.Start(h.mounts[i], &h.loads[i])
+		stop, err := load.StartSlow(h.mounts[i], 3, &h.loads[i])
 		if err != nil {
 			h.t.Fatal(err)
 		}
@@ -220,9 +230,6 @@ func frozen(t *testing.T, mount string) (thaw func() error) {
 // TestRootFrozen: what the agent lives on is frozen for five seconds, under load there
 // and elsewhere: the writes to the other disk go on being replicated all the time.
 func TestRootFrozen(t *testing.T) {
-	if !long() {
-		t.Skip("FARSIDE_LONG=1 runs it: in one of two runs on a quiet machine no tag was placed within a minute of the thaw, and that is not understood yet")
-	}
 	h := newHermit(t)
 	h.exact(60 * time.Second)
 	h.running(func() {
