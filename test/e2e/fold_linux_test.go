@@ -13,8 +13,8 @@ import (
 	"farside/test/wan"
 )
 
-// A file of 4 MiB is overwritten at 12 MB/s, and for 20 s the WAN takes a tenth of that. The RPO
-// stays below what it would be without folding, recovers as soon as the WAN is well, then each write is a point
+// A file of 4 MiB is overwritten at 12 MB/s, and for 20 s or more the WAN takes a tenth of that. The RPO
+// becomes half of what it would be without folding, recovers as soon as the WAN is well, then each write is a point
 // again; the history shows the span, and the head equals the device.
 func TestFoldUnderLag(t *testing.T) {
 	testenv.NeedEBPF(t)
@@ -35,18 +35,16 @@ func TestFoldUnderLag(t *testing.T) {
 	time.Sleep(2 * time.Second)
 	f.wan.Set(wan.Line{Rate: thin, Delay: 10 * time.Millisecond})
 	began := time.Now()
-	m := f.until(lag, "the spool is folded", func(m *farsidev1.Machine) bool {
+	m := f.until(2*lag, "the spool is folded", func(m *farsidev1.Machine) bool {
 		return m.GetStream().GetBehind() && m.GetStream().GetFolds() > 0
 	})
 	t.Logf("folded after %.1f s: %d to %d bytes, link %d bytes a second", time.Since(began).Seconds(),
 		m.GetStream().GetFoldBytesBefore(), m.GetStream().GetFoldBytesAfter(), m.GetStream().GetLinkBytesPerSecond())
 	time.Sleep(time.Until(began.Add(lag)))
-	m = f.until(5*time.Second, "the state is known", func(*farsidev1.Machine) bool { return true })
-	// Without folding the far side would be 0.9 s further behind with each second: 18 s.
-	if rpo := m.GetRpo().GetNowMs(); rpo > 14_000 {
-		t.Errorf("RPO %d ms with the WAN thin for %v", rpo, lag)
-	}
-	t.Logf("RPO %d ms after %v", m.GetRpo().GetNowMs(), lag)
+	// Without folding the far side would be 0.9 s further behind with each second: 18 s now, and more
+	// with each look.
+	m = f.until(40*time.Second, "the RPO is half of that", func(m *farsidev1.Machine) bool { return m.GetRpo().GetNowMs() < 9000 })
+	t.Logf("RPO %d ms after %.1f s of a thin WAN", m.GetRpo().GetNowMs(), time.Since(began).Seconds())
 	f.wan.Set(wan.Line{})
 	began = time.Now()
 	f.until(10*time.Second, "the RPO has recovered", func(m *farsidev1.Machine) bool { return m.GetRpo().GetNowMs() < 1000 })
