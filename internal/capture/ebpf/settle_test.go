@@ -132,6 +132,7 @@ func TestLateCompletion(t *testing.T) {
 	thaw := freeze(t, dir) // what is written to the device waits
 	time.AfterFunc(20*time.Second, thaw)
 	done := make(chan error)
+	begin := time.Now() // the age of the write counts
 	go func() {
 		_, err := dev.WriteAt(capturetest.Pattern(9, 4096), 8192)
 		done <- err
@@ -140,7 +141,6 @@ func TestLateCompletion(t *testing.T) {
 		time.Sleep(time.Millisecond)
 	}
 	src.Overflow()
-	begin := time.Now()
 	if err := src.Resume(t.Context()); err != nil { // reads wait as well, so no bulk
 		t.Fatal(err)
 	}
