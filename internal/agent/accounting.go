@@ -3,6 +3,7 @@ package agent
 import (
 	"cmp"
 	"fmt"
+	"slices"
 	"time"
 
 	"farside/internal/capture"
@@ -53,7 +54,11 @@ type accountant struct {
 	lead  map[dr.DiskID]int64 // of each disk at its last quiet moment
 	floor map[dr.DiskID]int64 // the lead that is not worth an alarm: 0, or less after the start
 	said  map[string]time.Time
+	gone  int // readings one after the other in which a disk was gone
 }
+
+// goneReadings is how long the watch of the devices has to find out what became of a disk that is gone.
+const goneReadings = 5
 
 // check takes a reading and returns what it says that was not said before.
 func (a *accountant) check(r reading) []finding {
@@ -140,7 +145,13 @@ func (a *accountant) whole(last, r *reading) []finding {
 		add("missed-events", compare, "the kernel did not run the capture for %d writes: the disks are read again", r.Missed-last.Missed)
 	}
 	if r.Detached && !last.Detached {
-		add("capture-detached", openAnew, "the capture was taken out of the kernel, or a disk was exchanged: it is opened anew")
+		add("capture-detached", openAnew, "the capture was taken out of the kernel: it is opened anew")
+	}
+	if a.gone++; !slices.ContainsFunc(r.Disks, func(d capture.DiskStats) bool { return d.Gone }) {
+		a.gone = 0
+	}
+	if a.gone == goneReadings {
+		add("capture-detached", openAnew, "a disk was taken away or exchanged: the capture is opened anew")
 	}
 	if r.Unpinned && !last.Unpinned {
 		add("capture-unpinned", justSay, "the capture would not survive a restart of the agent any more: somebody removed its pins")

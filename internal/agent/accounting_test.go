@@ -160,3 +160,17 @@ func TestAccountantWholeSource(t *testing.T) {
 		t.Errorf("as many as this kernel loses: %v", f)
 	}
 }
+
+// TestAccountantGone: if nobody else says what became of a disk that is gone, the capture is opened anew.
+func TestAccountantGone(t *testing.T) {
+	var a accountant
+	at := time.Unix(0, 0)
+	gone := reading{Stats: capture.Stats{Disks: []capture.DiskStats{{ID: 1}, {ID: 2, Gone: true}}}, at: at}
+	a.check(reading{Stats: capture.Stats{Disks: []capture.DiskStats{{ID: 1}, {ID: 2}}}, at: at})
+	for i := range 3 * goneReadings {
+		f := a.check(gone)
+		if want := i+1 == goneReadings; (len(f) == 1) != want || want && f[0].reaction != openAnew {
+			t.Errorf("reading %d: %v", i, f)
+		}
+	}
+}

@@ -51,7 +51,12 @@ type agent struct {
 	// release ends a capture that goes on without a stream; nil if there is none such.
 	release func() error
 
+	// How the machine's devices are seen.
+	scan    func() blockdev.Machine
+	isBlock func(path string) bool
+
 	notices chronicle
+	devices devices // guarded by mu
 	mu      struct {
 		sync.Mutex
 		assigned *pb.AgentAssignment
@@ -65,6 +70,7 @@ type agent struct {
 
 func newAgent(open opener, dial dialer, memory int64, log *slog.Logger) *agent {
 	a := &agent{first: ReasonRestart, open: open, dial: dial, memory: memory, log: log, news: func() {}, now: time.Now}
+	a.scan, a.isBlock = func() blockdev.Machine { return blockdev.Scan(os.DirFS("/")) }, blockPath
 	a.mu.changed = make(chan struct{})
 	a.mu.phase = pb.Phase_PHASE_IDLE
 	return a
@@ -174,6 +180,9 @@ func (a *agent) run(ctx context.Context) error {
 			err := a.replicate(ctx, w, reason)
 			a.afterwards(ctx, w, err)
 			reason = ReasonReopened
+			if errors.Is(err, errDisks) {
+				reason = ReasonDisks
+			}
 		}
 	}
 	return ctx.Err()
@@ -202,7 +211,7 @@ func (a *agent) rest(phase pb.Phase, err error) {
 // afterwards waits for the right moment to begin anew after a stream ended.
 func (a *agent) afterwards(ctx context.Context, w *work, err error) {
 	switch {
-	case ctx.Err() != nil || errors.Is(err, errReassigned):
+	case ctx.Err() != nil || errors.Is(err, errReassigned) || errors.Is(err, errDisks):
 	case errors.Is(err, dr.ErrTimeline):
 		a.log.Warn("stood down: another timeline of this machine is current", "timeline", w.timeline)
 		a.rest(pb.Phase_PHASE_FENCED, err)
@@ -237,12 +246,8 @@ func (a *agent) until(ctx context.Context, w *work, done <-chan struct{}) {
 
 // replicate runs one stream until it fails or the assignment changes.
 func (a *agent) replicate(ctx context.Context, w *work, first Reason) (err error) {
-	m := blockdev.Scan(os.DirFS("/"))
-	disks, err := locate(&m, w.disks, w.identities)
-	if err != nil {
-		return err
-	}
-	o, err := a.open(disks, w.driver, w.ring)
+	m := a.scan()
+	o, present, err := a.openPresent(w, &m)
 	if err != nil {
 		return err
 	}
@@ -259,17 +264,19 @@ func (a *agent) replicate(ctx context.Context, w *work, first Reason) (err error
 		a.limit(w.memory)
 	}
 	a.mu.Lock()
+	absent, hold := a.devices.absent(w, present)
 	s := newStream(o.src, streamConfig{
 		machine: w.machine, timeline: w.timeline, first: first, used: o.used, tune: tune,
 		dial: a.dial, log: a.log, notices: &a.notices, news: a.news, still: a.still, schedule: &a.points,
-		compareRate: a.compareRate,
+		compareRate: a.compareRate, absent: absent, hold: hold, torn: a.devices.torn(), tornKnown: a.setTorn,
 	})
-	a.mu.stream, a.mu.driver, a.mu.err = s, o.driver, nil
+	a.mu.stream, a.mu.driver, a.mu.err, a.devices.running = s, o.driver, nil, true
 	p := a.mu.assigned
 	a.mu.Unlock()
 	s.setTags(wantedTags(p, a.now()))
 	s.setServer(serverOf(p))
 
+	defer a.unwatched()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	done := make(chan struct{})

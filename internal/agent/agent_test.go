@@ -12,6 +12,7 @@ import (
 	"time"
 
 	pb "farside/internal/api/farside/v1"
+	"farside/internal/blockdev"
 	"farside/internal/capture"
 	"farside/internal/capture/capturetest"
 	"farside/internal/dr"
@@ -53,6 +54,7 @@ func newLab(t *testing.T) *lab {
 	l := &lab{machine: dr.NewMachineID()}
 	l.server = newFakeServer(t, l.machine, twoDisks)
 	l.agent = newAgent(l.open, l.server.dial, minMemory, slog.New(slog.DiscardHandler))
+	l.scan = func() blockdev.Machine { return blockdev.Machine{} } // this machine's are not the test's
 	return l
 }
 

@@ -33,15 +33,7 @@ type wanted struct {
 // path, and what is named besides.
 func discover(root fs.FS, w wanted) []found {
 	m := blockdev.Scan(root)
-	twins := m.Twins()
-	var out []found
-	for i := range m.Devices {
-		d := &m.Devices[i]
-		if slices.Contains(hidden(w), d.Kind) && !slices.Contains(w.paths, d.Path) {
-			continue
-		}
-		out = append(out, offer(&m, d, twins))
-	}
+	out := devicesOf(&m, w)
 	for _, p := range w.paths {
 		if !slices.ContainsFunc(out, func(f found) bool { return f.path == p }) {
 			out = append(out, named(root, p))
@@ -49,6 +41,24 @@ func discover(root fs.FS, w wanted) []found {
 	}
 	slices.SortFunc(out, func(a, b found) int { return strings.Compare(a.path, b.path) })
 	return out
+}
+
+// devicesOf lists the block devices that are offered.
+func devicesOf(m *blockdev.Machine, w wanted) (out []found) {
+	twins := m.Twins()
+	for i := range m.Devices {
+		d := &m.Devices[i]
+		if slices.Contains(hidden(w), d.Kind) && !slices.Contains(w.paths, d.Path) {
+			continue
+		}
+		out = append(out, offer(m, d, twins))
+	}
+	return out
+}
+
+// offerOf returns what lists the block devices that are offered of a machine.
+func offerOf(w wanted) func(m *blockdev.Machine) []found {
+	return func(m *blockdev.Machine) []found { return devicesOf(m, w) }
 }
 
 // hidden returns the kinds that are not offered.

@@ -21,7 +21,8 @@ type syncState struct {
 	resumed    bool // Resume returned and no Lost came since: what was not captured is dirty
 	retreating bool // the source was made to overflow; no bulk read until it has passed await
 	await      uint64
-	bulkFrom   time.Time // no bulk read before: the last one failed
+	bulkFrom   time.Time // no bulk read before: nothing that is dirty can be read
+	unread     int64     // bytes taken one after the other that can't be read
 	closing    bool      // all was drained; waiting for the source to pass mark
 	mark       uint64
 	markedAt   time.Time
@@ -214,6 +215,10 @@ func (r *replicator) finish(ctx context.Context) error {
 	if err := r.recount(); err != nil || r.sync.dirty > 0 {
 		return err
 	}
+	if r.hold != nil {
+		r.sync.unverified, r.sync.idle = r.hold, true
+		return nil
+	}
 	at, ok, err := r.vouched(ctx)
 	if r.sync.idle = !ok; err != nil || !ok {
 		return err
@@ -231,7 +236,7 @@ func (r *replicator) finish(ctx context.Context) error {
 	for _, d := range r.disks {
 		d.written.clear()
 		d.touched.clear()
-		d.Done = d.Total
+		d.Done, d.torn = d.Total, false
 	}
 	return nil
 }
@@ -252,34 +257,65 @@ func (r *replicator) readChunk() error {
 	if err != nil {
 		return fmt.Errorf("take dirty ranges: %w", err)
 	}
-	for i, x := range taken {
-		r.sync.dirty -= x.Length
-		switch err := r.readDirty(x); {
-		case errors.Is(err, errRead):
-			r.sync.fault, r.sync.bulkFrom = err, r.now.Add(r.tune.retry)
-			return r.markAgain(taken[i:])
-		case err != nil:
+	for _, x := range taken {
+		if err := r.readOrMark(x); err != nil {
 			return err
 		}
 	}
 	if len(taken) == 0 {
 		return r.recount()
 	}
-	r.sync.fault = nil
+	if r.sync.unread >= max(r.sync.dirty, 1) { // all round, and nothing could be read
+		r.sync.unread, r.sync.bulkFrom = 0, r.now.Add(r.tune.retry)
+	}
+	return nil
+}
+
+// readOrMark sends what x holds, or marks it again if it can't be read. A disk that can't be read
+// holds up nothing but itself, and the points.
+func (r *replicator) readOrMark(x dr.Extent) error {
+	d, err := r.disk(x.Disk)
+	if err != nil {
+		return err
+	}
+	err = d.fault
+	if !r.now.Before(d.readFrom) {
+		err = r.readDirty(x)
+	}
+	switch {
+	case errors.Is(err, errRead):
+		if d.fault == nil {
+			d.faultSince = r.now
+		}
+		if d.fault = err; !r.now.Before(d.readFrom) {
+			d.readFrom = r.now.Add(r.tune.retry)
+		}
+		r.sync.unread += x.Length
+		if err := r.src.Mark(x); err != nil {
+			return fmt.Errorf("mark %v again: %w", x, err)
+		}
+	case err != nil:
+		return err
+	default:
+		r.sync.dirty -= x.Length
+		r.sync.unread, d.fault = 0, nil
+	}
+	r.sync.fault = r.readFault()
+	return nil
+}
+
+// readFault returns why some disk can't be read; nil if all can.
+func (r *replicator) readFault() error {
+	for _, d := range r.disks {
+		if d.fault != nil {
+			return d.fault
+		}
+	}
 	return nil
 }
 
 // errRead says that a disk could not be read. It doesn't end the stream.
 var errRead = errors.New("disk can't be read")
-
-func (r *replicator) markAgain(taken []dr.Extent) error {
-	for _, x := range taken {
-		if err := r.src.Mark(x); err != nil {
-			return fmt.Errorf("mark %v again: %w", x, err)
-		}
-	}
-	return r.recount()
-}
 
 // readDirty sends what x holds on the disk, without the sectors that were
 // captured before: those are newer in the stream than they may be on the disk.
@@ -315,6 +351,7 @@ func (r *replicator) readPart(d *disk, off, end int64) error {
 		return fmt.Errorf("%w: disk %d at %d: %w", errRead, d.ID, off, err)
 	}
 	d.Read += int64(len(b))
+	d.torn = true
 	for _, p := range pieces(b) {
 		x := dr.Extent{Disk: d.ID, Offset: off + int64(p.off), Length: int64(p.end - p.off)}
 		if err := r.sendPiece(d, x, b[p.off:p.end], p.zero); err != nil {

@@ -374,4 +374,14 @@ func (l *ledger) setWhole(yes bool) {
 	}
 }
 
+// claim has whoever opens the ledger from here on compare whole disks, and reports whether that was not
+// so before, and it is a ledger.
+func (l *ledger) claim() bool {
+	if string(l.mem[:len(ledgerMagic)]) != ledgerMagic || l.whole() {
+		return false
+	}
+	l.setWhole(true)
+	return true
+}
+
 func (l *ledger) whole() bool { return l.load(offWhole) != 0 }

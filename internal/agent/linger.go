@@ -27,3 +27,32 @@ func (s *stream) linger(ctx context.Context, err error) {
 		sleep(ctx, lingerFor, changed)
 	}
 }
+
+// departure is how a stream is to end that is asked to.
+type departure struct {
+	why  error
+	mark uint64    // all before it was captured by then, and goes first
+	by   time.Time // at the latest
+}
+
+// depart asks the stream to end with why, when what was captured until now has been sent, or
+// lingerFor is over.
+func (s *stream) depart(why error) {
+	d := &departure{why: why, mark: s.src.Tail(), by: time.Now().Add(lingerFor)}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.mu.leaving == nil {
+		s.mu.leaving = d
+	}
+}
+
+// departed returns why the stream ends now; nil if it does not.
+func (s *stream) departed(now time.Time) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	d := s.mu.leaving
+	if d == nil || s.rep.phase != Waiting && s.src.Consumed() < d.mark && now.Before(d.by) {
+		return nil
+	}
+	return d.why
+}

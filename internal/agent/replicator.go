@@ -70,6 +70,11 @@ type replicator struct {
 	now    time.Time    // of this step
 	stats  counters
 
+	absent   []capture.Disk     // that are protected but not captured now
+	hold     error              // why nothing may be a point: an absent disk's copy is not whole
+	replaced bool               // the source took over from the capture of other disks, see claim
+	inherits map[dr.DiskID]bool // the disks of which it missed nothing
+
 	// blind makes the drain ignore the written sets: the negative control of
 	// the tests, which must then find differences.
 	blind bool
@@ -95,8 +100,13 @@ type cutter struct {
 // disk is what the replicator keeps per disk.
 type disk struct {
 	capture.Disk
-	written ranges // captured in data mode since the sync began, see drain
-	touched ranges // what the far side may hold of it, as long as that is little
+	written    ranges    // captured in data mode since the sync began, see drain
+	touched    ranges    // what the far side may hold of it, as long as that is little
+	fault      error     // why it can't be read; nil if it can
+	faultSince time.Time // when that began
+	readFrom   time.Time // it is not read before
+
+	torn bool // its copy is no state that it was in: some of it was read and sent, some is still to be
 	DiskCounters
 }
 
@@ -127,6 +137,7 @@ func newReplicator(src capture.Source, out *outbox, t tuning) *replicator {
 	for _, d := range src.Disks() {
 		r.disks = append(r.disks, &disk{Disk: d})
 	}
+	r.claim()
 	return r
 }
 

@@ -1,6 +1,9 @@
 package agent
 
 import (
+	"cmp"
+	"fmt"
+	"slices"
 	"time"
 
 	pb "farside/internal/api/farside/v1"
@@ -53,13 +56,20 @@ func (a *agent) report(now time.Time) *pb.AgentReport {
 	if a.mu.err != nil {
 		r.Error = a.mu.err.Error()
 	}
+	aside := a.devices.asideStatus()
 	a.mu.Unlock()
 	r.Events = noticesOf(a.notices.list())
 	if s == nil {
+		r.Disks = aside
 		return r
 	}
 	snap := s.snapshot(now)
 	fillStream(r, &snap)
+	for _, d := range aside {
+		if !slices.ContainsFunc(r.Disks, func(x *pb.DiskStatus) bool { return x.GetDiskId() == d.GetDiskId() }) {
+			r.Disks = append(r.Disks, d)
+		}
+	}
 	r.Capture = &pb.CaptureStatus{
 		Driver: driver, Mode: snap.source.Mode.String(), RingBytes: snap.source.RingSize, RingUsed: snap.source.RingUsed,
 	}
@@ -77,6 +87,8 @@ func fillStream(r *pb.AgentReport, s *snapshot) {
 	switch {
 	case s.fault != nil:
 		r.Error = s.fault.Error()
+	case s.hold != nil:
+		r.Error = s.hold.Error()
 	case s.linkErr != nil:
 		r.Error = s.linkErr.Error()
 	}
@@ -113,6 +125,28 @@ func diskOf(d *diskStatus, s *snapshot) *pb.DiskStatus {
 	if s.phase == Syncing {
 		out.State, out.DirtyBytes = "syncing", d.Total-d.Done
 	}
+	if d.fault != nil {
+		out.State, out.Error = "failed", fmt.Sprintf("since %s: %v", d.faultSince.UTC().Format(time.RFC3339), d.fault)
+	}
+	return out
+}
+
+// asideStatus says which disks are not captured, why and since when.
+func (d *devices) asideStatus() (out []*pb.DiskStatus) {
+	for _, x := range d.aside {
+		state := "missing"
+		switch x.code {
+		case diskShrunk:
+			state = "resized"
+		case diskUnreadable:
+			state = "failed"
+		}
+		out = append(out, &pb.DiskStatus{
+			DiskId: uint32(x.ID), Path: x.Path, Size: x.Size, State: state,
+			Error: fmt.Sprintf("not captured since %s: %s", x.since.UTC().Format(time.RFC3339), x.why),
+		})
+	}
+	slices.SortFunc(out, func(a, b *pb.DiskStatus) int { return cmp.Compare(a.GetDiskId(), b.GetDiskId()) })
 	return out
 }
 

@@ -16,8 +16,8 @@ func TestReportOfSync(t *testing.T) {
 		status: status{
 			phase: Syncing, why: ReasonGap, started: time.Unix(1000, 0), fault: errRead,
 			disks: []diskStatus{
-				{capture.Disk{ID: 1, Path: "/dev/a", Size: 100}, DiskCounters{Total: 100, Done: 30}},
-				{capture.Disk{ID: 2, Path: "/dev/b", Size: 50}, DiskCounters{Total: 50, Done: 50, Writes: 3, Captured: 9}},
+				{Disk: capture.Disk{ID: 1, Path: "/dev/a", Size: 100}, DiskCounters: DiskCounters{Total: 100, Done: 30}},
+				{Disk: capture.Disk{ID: 2, Path: "/dev/b", Size: 50}, DiskCounters: DiskCounters{Total: 50, Done: 50, Writes: 3, Captured: 9}},
 			},
 		},
 		delivery: delivery{timeline: 2, built: 9, stored: 7, durable: 5, rpo: time.Second, rpoKnown: true, point: now},

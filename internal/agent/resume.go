@@ -3,6 +3,7 @@ package agent
 import (
 	"cmp"
 	"fmt"
+	"slices"
 
 	"farside/internal/capture"
 	"farside/internal/dr"
@@ -74,20 +75,86 @@ func (r *replicator) plan(s start) (course, error) {
 	if ok {
 		ranges, ok = r.led.since(s.cursor.Position.Seq)
 	}
-	if !ok || c.empty || r.led.whole() || s.reason == ReasonAsked {
+	if !ok || c.empty || r.ledgerWhole() || s.reason == ReasonAsked {
 		for _, d := range r.disks {
 			c.whole = append(c.whole, d.ID)
 		}
 		return c, nil
 	}
+	if r.replaced {
+		r.partly(&c, ranges)
+		return c, nil
+	}
 	_, _, pos, _ := r.led.entry(n)
-	c.known, c.ranges, c.frame, c.pos = true, ranges, n, pos
+	c.known, c.ranges, c.frame, c.pos = true, r.captured(ranges), n, pos
 	if v, survives := r.src.(capture.Survivor); survives && !r.stats.consumed && v.Adopted() {
 		err := v.Rewind(pos)
-		c.exact = err == nil && (r.led.exactAt(s.cursor.Position.Seq) || r.reckless)
+		c.exact = err == nil && r.hold == nil && (r.led.exactAt(s.cursor.Position.Seq) || r.reckless)
 	}
 	return c, nil
 }
+
+// captured returns those of the ranges that are of disks that are captured: what an absent disk
+// lacks is compared when it is back.
+func (r *replicator) captured(ranges []dr.Extent) (out []dr.Extent) {
+	for _, x := range ranges {
+		if _, err := r.disk(x.Disk); err == nil {
+			out = append(out, x)
+		}
+	}
+	return out
+}
+
+// partly plans the course behind a capture of other disks: of those that are in both
+// the ledger says what may differ, besides what is dirty; the others are compared.
+func (r *replicator) partly(c *course, ranges []dr.Extent) {
+	for _, d := range r.disks {
+		if !r.inherits[d.ID] {
+			c.whole = append(c.whole, d.ID)
+		}
+	}
+	for _, x := range ranges {
+		if r.inherits[x.Disk] {
+			c.ranges = append(c.ranges, x)
+		}
+	}
+}
+
+// protected returns all disks of the machine, the absent ones too, by their ids.
+func (r *replicator) protected() []capture.Disk {
+	out := slices.Clone(r.absent)
+	for _, d := range r.disks {
+		out = append(out, d.Disk)
+	}
+	slices.SortFunc(out, func(a, b capture.Disk) int { return cmp.Compare(a.ID, b.ID) })
+	return out
+}
+
+// claim makes sure, as soon as a source is open, that nobody takes the ledger of another capture for this one's. If this one took
+// over from that, the ledger is good for the disks that are in both, until the stream begins (see plan). A process
+// that comes after this one and before then compares everything.
+func (r *replicator) claim() {
+	v, ok := r.src.(capture.Survivor)
+	if !ok || v.Adopted() {
+		return
+	}
+	mem := v.Memory()
+	if len(mem) < minLedger {
+		return
+	}
+	r.replaced = len(v.Inherited()) > 0 && (&ledger{mem: mem}).claim()
+	if !r.replaced {
+		clear(mem[:len(ledgerMagic)])
+		return
+	}
+	r.inherits = make(map[dr.DiskID]bool)
+	for _, id := range v.Inherited() {
+		r.inherits[id] = true
+	}
+}
+
+// ledgerWhole reports whether the ledger says that whole disks must be compared.
+func (r *replicator) ledgerWhole() bool { return r.led.whole() && !r.replaced }
 
 // openLedger opens the ledger when the first stream begins: only then is it known
 // whose it is.
@@ -97,17 +164,14 @@ func (r *replicator) openLedger(c frame.Cursor) error {
 	}
 	if r.led == nil {
 		var mem []byte
-		if v, ok := r.src.(capture.Survivor); ok && v.Adopted() {
+		if v, ok := r.src.(capture.Survivor); ok {
 			mem = v.Memory()
-		} else if ok {
-			mem = v.Memory()
-			clear(mem[:min(len(mem), len(ledgerMagic))]) // another capture's
 		}
 		if mem == nil {
-			mem = make([]byte, cmp.Or(r.tune.ledger, ledgerSize(r.src.Disks())))
+			mem = make([]byte, cmp.Or(r.tune.ledger, ledgerSize(r.protected())))
 		}
 		var err error
-		if r.led, err = openLedger(mem, c.Machine, c.Position.Timeline, r.src.Disks()); err != nil {
+		if r.led, err = openLedger(mem, c.Machine, c.Position.Timeline, r.protected()); err != nil {
 			return err
 		}
 		r.led.maxFrames = r.tune.generation
@@ -121,20 +185,27 @@ func (r *replicator) take(c course, why Reason) error {
 		// The ledger's newest frames may not have reached the receiver: they are built again.
 		r.led.cutExact(c.frame, c.cursor.Position.Seq)
 		r.phase, r.why = Exact, why
+		for _, d := range r.disks {
+			d.torn = false
+		}
 		return nil
+	}
+	for _, x := range c.ranges { // before the ledger forgets them
+		if err := r.src.Mark(x); err != nil {
+			return fmt.Errorf("mark %v: %w", x, err)
+		}
 	}
 	if c.known {
 		r.led.cut(c.frame, c.cursor.Position.Seq)
 	} else {
-		r.led.begin(c.cursor.Machine, r.src.Disks(), c.cursor, r.position())
-		r.led.setWhole(!c.empty)
+		r.led.begin(c.cursor.Machine, r.protected(), c.cursor, r.position())
+		r.led.setWhole(!c.empty && len(c.whole) > 0)
 	}
+	r.replaced = false
 	r.begin(why)
 	r.sync.empty = c.empty
-	for _, x := range c.ranges {
-		if err := r.src.Mark(x); err != nil {
-			return fmt.Errorf("mark %v: %w", x, err)
-		}
+	for _, d := range r.disks {
+		d.torn = d.torn || c.empty
 	}
 	r.expect(c)
 	if v, ok := r.src.(capture.Survivor); r.stats.consumed || ok && v.Adopted() {

@@ -67,6 +67,7 @@ func Run(ctx context.Context, c Config, log *slog.Logger) (err error) {
 		},
 		func() error { return client.Report(ctx, r.report, reportEvery) },
 		func() error { return a.run(ctx) },
+		func() error { return a.watchDevices(ctx, offerOf(wantedOf(c))) },
 	} {
 		wg.Go(func() {
 			if err := part(); err != nil && ctx.Err() == nil {

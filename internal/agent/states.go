@@ -34,6 +34,7 @@ const (
 	ReasonReboot     Reason = "reboot"          // the machine was shut down and booted: nothing captured what was written late and early
 	ReasonUnclean    Reason = "unclean-stop"    // the machine stopped without telling the agent, and was booted
 	ReasonReopened   Reason = "capture-restart" // the capture was opened anew: disks or settings changed, or it failed
+	ReasonDisks      Reason = "disks-changed"   // a disk was taken out, came back or is another one: the capture was opened anew
 	ReasonOverflow   Reason = "overflow"        // changes came faster than they could be taken over
 	ReasonGap        Reason = "receiver-gap"    // the receiver lost frames that were freed here
 	ReasonAhead      Reason = "receiver-ahead"  // the receiver holds frames that this agent did not build
@@ -57,6 +58,8 @@ func (r Reason) text() string {
 		return "the machine stopped without warning and was booted again"
 	case ReasonReopened:
 		return "the capture was opened anew"
+	case ReasonDisks:
+		return "a disk was taken out, came back or is another one"
 	case ReasonOverflow:
 		return "writes came faster than they could be taken over"
 	case ReasonGap:

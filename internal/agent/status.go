@@ -22,6 +22,7 @@ type status struct {
 	fault               error // why a sync makes no progress
 	compared, toCompare int64 // bytes, of a comparison that is under way
 
+	hold    error // why there can be no points for now: an absent disk
 	noPoint error // why the source does not vouch for a point
 	placed  map[[16]byte]dr.Position
 }
@@ -29,12 +30,24 @@ type status struct {
 type diskStatus struct {
 	capture.Disk
 	DiskCounters
+	torn       bool
+	fault      error
+	faultSince time.Time
+}
+
+// torn returns which disks' copies are no states that they were in.
+func (s *status) torn() map[dr.DiskID]bool {
+	out := make(map[dr.DiskID]bool)
+	for _, d := range s.disks {
+		out[d.ID] = d.torn
+	}
+	return out
 }
 
 func (r *replicator) status() status {
 	s := status{
 		phase: r.phase, why: r.why, started: r.sync.started, dirty: r.sync.dirty, stats: r.stats,
-		source: r.src.Stats(), fault: r.sync.fault, noPoint: r.sync.unverified, placed: maps.Clone(r.tags.placed),
+		source: r.src.Stats(), fault: r.sync.fault, hold: r.hold, noPoint: r.sync.unverified, placed: maps.Clone(r.tags.placed),
 	}
 	if c := r.sync.comparing; c != nil {
 		s.compared, s.toCompare = c.Progress()
@@ -43,7 +56,7 @@ func (r *replicator) status() status {
 		}
 	}
 	for _, d := range r.disks {
-		s.disks = append(s.disks, diskStatus{d.Disk, d.DiskCounters})
+		s.disks = append(s.disks, diskStatus{d.Disk, d.DiskCounters, d.torn, d.fault, d.faultSince})
 	}
 	return s
 }

@@ -44,6 +44,9 @@ type stream struct {
 	rate     int64 // of comparisons, bytes a second; 0: no bound
 	points   *pointMaker
 	barriers barriers
+	// tornKnown is told which disks' copies are no states that they were in, when that changes; may be nil.
+	tornKnown func(map[dr.DiskID]bool)
+	torn      map[dr.DiskID]bool // what it was told last
 
 	mu struct {
 		sync.Mutex
@@ -62,6 +65,7 @@ type stream struct {
 		linkErr     error
 		far         *link.Caller // of the newest link; nil before the first
 		distrust    Reason       // why everything is to be compared as soon as can be; "" = it is not
+		leaving     *departure   // how the stream is to end; nil: it is not
 	}
 }
 
@@ -73,6 +77,11 @@ type streamConfig struct {
 	used     bool // events of the source were taken over before
 
 	compareRate int64 // bytes a second that comparisons read; 0: no bound
+
+	absent    []capture.Disk                // protected, but not captured now
+	hold      error                         // why nothing may be a point; nil if it may
+	torn      map[dr.DiskID]bool            // disks whose copy is no state that they were in
+	tornKnown func(torn map[dr.DiskID]bool) // is told when that changes; may be nil
 
 	tune     tuning
 	dial     dialer
@@ -95,6 +104,10 @@ func newStream(src capture.Source, c streamConfig) *stream {
 	s.rep.stats.consumed = c.used
 	s.comparer, s.rate = newComparer(src), c.compareRate
 	s.rep.compare = s.comparer
+	s.rep.absent, s.rep.hold, s.tornKnown = c.absent, c.hold, c.tornKnown
+	for _, d := range s.rep.disks {
+		d.torn = c.torn[d.ID]
+	}
 	s.mu.serverNew, s.mu.tagsChanged = make(chan struct{}), make(chan struct{})
 	s.points = &pointMaker{stream: s, stillness: cmp.Or(c.still, newStillness(never, nil)), schedule: cmp.Or(c.schedule, &schedule{})}
 	s.barriers.prepare, s.barriers.place = s.points.prepareGroup, s.place
@@ -143,6 +156,11 @@ func (s *stream) replicate(ctx context.Context) error {
 			s.linger(ctx, err)
 			return err
 		}
+		if err := s.departed(now); err != nil {
+			s.linger(ctx, err)
+			s.publish(time.Now(), false)
+			return err
+		}
 		if pause > 0 {
 			sleep(ctx, pause, changed)
 		}
@@ -185,6 +203,10 @@ func (s *stream) publish(now time.Time, fenced bool) {
 		st.phase = Fenced
 	}
 	safe := s.safeTags(&st)
+	if torn := st.torn(); s.tornKnown != nil && !maps.Equal(torn, s.torn) {
+		s.torn = torn
+		s.tornKnown(torn)
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	news := steps(&s.mu.status, &st, now)

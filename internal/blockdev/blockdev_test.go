@@ -210,3 +210,50 @@ func TestInFlight(t *testing.T) {
 		}
 	}
 }
+
+func TestWritten(t *testing.T) {
+	root := fstest.MapFS{
+		"sys/class/block/sda/stat":  {Data: []byte("  10 0 80 5 7 2 96 1 0 4 6 0 0 0 0 0 0\n")},
+		"sys/class/block/few/stat":  {Data: []byte("10 0 80 5 7 2\n")},
+		"sys/class/block/bad/stat":  {Data: []byte("10 0 80 5 7 2 x 1\n")},
+		"sys/class/block/huge/stat": {Data: []byte("10 0 80 5 7 2 18446744073709551615 1\n")},
+	}
+	if n, ok := Written(root, "/dev/sda"); !ok || n != 96*512 {
+		t.Errorf("%d, %v", n, ok)
+	}
+	for _, device := range []string{"/dev/few", "/dev/bad", "/dev/huge", "/dev/none", "/srv/../x"} {
+		if n, ok := Written(root, device); ok {
+			t.Errorf("%s: %d", device, n)
+		}
+	}
+}
+
+// TestTable: any change of the partition table is another text, and that of another disk is none.
+func TestTable(t *testing.T) {
+	made := func(change func(files fstest.MapFS)) string {
+		b, err := os.ReadFile("testdata/plain.txt")
+		if err != nil {
+			t.Fatal(err)
+		}
+		root, _ := recorded(string(b))
+		change(root)
+		m := Scan(root)
+		return m.Table("/dev/vda")
+	}
+	was := made(func(fstest.MapFS) {})
+	if was == "" || was != made(func(m fstest.MapFS) { m["sys/block/vda/ro"].Data = []byte("1") }) {
+		t.Errorf("%q", was)
+	}
+	for file, content := range map[string]string{
+		"sys/block/vda/vda1/size": "7", "sys/block/vda/vda2/start": "4096", "sys/block/vda/vda2/partition": "",
+		"run/udev/data/b253:1": "E:ID_PART_ENTRY_UUID=2",
+	} {
+		if now := made(func(m fstest.MapFS) { m[file].Data = []byte(content) }); now == was {
+			t.Errorf("%s is %s: %q", file, content, now)
+		}
+	}
+	m := Machine{}
+	if m.Table("/dev/vda") != "" {
+		t.Error("a table of nothing")
+	}
+}

@@ -14,6 +14,7 @@
 package blockdev
 
 import (
+	"fmt"
 	"slices"
 	"strings"
 )
@@ -59,6 +60,7 @@ type Device struct {
 	DAX      bool   // can be written past the block layer
 	Paths    bool   // NVMe with paths that the kernel hides
 	Backing  string // the file of a loop device
+	Leaving  bool   // a loop device that ends when nobody has it open any more
 	Identity
 }
 
@@ -99,6 +101,20 @@ func (m *Machine) parts(d *Device) (out []Device) {
 		}
 	}
 	return out
+}
+
+// Table describes the partitions of the disk at a path: where each begins and ends, and its
+// UUID. It is another text when anything of that changed, and "" if there are none.
+func (m *Machine) Table(path string) string {
+	d, ok := m.Find(path)
+	if !ok {
+		return ""
+	}
+	var b strings.Builder
+	for _, p := range m.parts(&d) {
+		fmt.Fprintf(&b, "%s %d+%d %s\n", p.Name, p.Start, p.Size, p.PartUUID)
+	}
+	return b.String()
 }
 
 // maxDepth bounds how far stacks are followed: what sysfs says may be wrong.

@@ -91,7 +91,7 @@ func (s *scanner) whole(dir string, d *Device) {
 	d.DiskSeq = uint64(s.number(dir, "diskseq")) // unknown before Linux 5.15
 	d.Logical, d.Physical = int(s.number(dir, "queue/logical_block_size")), int(s.number(dir, "queue/physical_block_size"))
 	d.Zoned, d.DAX = s.text(dir, "queue/zoned"), s.text(dir, "queue/dax") == "1"
-	d.Backing = s.text(dir, "loop/backing_file")
+	d.Backing, d.Leaving = s.text(dir, "loop/backing_file"), s.text(dir, "loop/autoclear") == "1"
 	d.Paths = len(s.names(dir, "multipath")) > 0
 }
 
@@ -254,4 +254,20 @@ func InFlight(root fs.FS, device string) (n int, ok bool) {
 	}
 	n, err = strconv.Atoi(f[1])
 	return n, err == nil && n >= 0
+}
+
+// Written returns how many bytes the kernel has counted as written to a device since it came
+// up; ok is false if it is no block device of the machine, or the kernel does not tell.
+func Written(root fs.FS, device string) (bytes uint64, ok bool) {
+	name := strings.ReplaceAll(strings.TrimPrefix(device, "/dev/"), "/", "!")
+	b, err := fs.ReadFile(root, path.Join("sys/class/block", name, "stat"))
+	if err != nil {
+		return 0, false
+	}
+	f := strings.Fields(string(b))
+	if len(f) < 7 {
+		return 0, false
+	}
+	n, err := strconv.ParseUint(f[6], 10, 64)
+	return n * sector, err == nil && n < 1<<53
 }

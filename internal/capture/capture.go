@@ -199,7 +199,7 @@ type Stats struct {
 	RingSize int64 // bytes of buffer
 
 	// Detached says that the capture no longer sees every change, because somebody took
-	// (some of) it out of the kernel or the disk is another one. It never becomes
+	// (some of) it out of the kernel. It never becomes
 	// false again: open a new Source and compare.
 	Detached bool
 
@@ -224,4 +224,20 @@ type DiskStats struct {
 	SeenBytes    uint64
 	KernelWrites uint64 // writes that the kernel counted, each piece of a divided one
 	KernelBytes  uint64 // bytes that the kernel counted as written
+
+	// Gone says that the disk was taken away, or that another one is in its place. It
+	// never becomes false again; the other disks are captured as before.
+	Gone bool
 }
+
+// DiskError is why one disk of several can't be captured.
+type DiskError struct {
+	Disk dr.DiskID
+	Err  error
+}
+
+// Error implements error.
+func (e *DiskError) Error() string { return fmt.Sprintf("capture disk %d: %v", e.Disk, e.Err) }
+
+// Unwrap returns what is wrong with the disk.
+func (e *DiskError) Unwrap() error { return e.Err }

@@ -2,6 +2,7 @@ package confserver
 
 import (
 	"fmt"
+	"strings"
 	"time"
 
 	"farside/internal/catalog"
@@ -119,6 +120,9 @@ func (f facts) state(agent *farsidev1.AgentReport) (farsidev1.MachineState, stri
 	case farsidev1.Phase_PHASE_FAILED:
 		return farsidev1.MachineState_MACHINE_STATE_FAILED, why
 	case farsidev1.Phase_PHASE_EXACT:
+		if missed := f.missed(agent); missed != "" && recoverable {
+			return farsidev1.MachineState_MACHINE_STATE_DEGRADED, missed
+		}
 		if recoverable || agent.GetRpo().GetKnown() {
 			return farsidev1.MachineState_MACHINE_STATE_PROTECTED, why
 		}
@@ -130,6 +134,18 @@ func (f facts) state(agent *farsidev1.AgentReport) (farsidev1.MachineState, stri
 		return farsidev1.MachineState_MACHINE_STATE_INITIAL, why
 	}
 	return farsidev1.MachineState_MACHINE_STATE_WAITING, why
+}
+
+// missed says which protected disks the agent does not replicate now, "" if it does all.
+func (f facts) missed(agent *farsidev1.AgentReport) string {
+	var out []string
+	for _, s := range agent.GetDisks() {
+		switch s.GetState() {
+		case "missing", "resized", "failed":
+			out = append(out, fmt.Sprintf("disk %d (%s) is %s, the points have it as it was: %s", s.GetDiskId(), s.GetPath(), s.GetState(), s.GetError()))
+		}
+	}
+	return strings.Join(out, "; ")
 }
 
 // rpo returns the agent's own figure while its report is fresh. Otherwise what

@@ -60,6 +60,9 @@ func TestDescribe(t *testing.T) {
 		{"fenced", func(f *facts) { phase(f, farsidev1.Phase_PHASE_FENCED) }, farsidev1.MachineState_MACHINE_STATE_FENCED, true, 40, true, ""},
 		{"failed", func(f *facts) { phase(f, farsidev1.Phase_PHASE_FAILED); f.agent.GetAgent().Error = "boom" }, farsidev1.MachineState_MACHINE_STATE_FAILED, true, 40, true, "agent-error"},
 		{"disk error", func(f *facts) { f.agent.GetAgent().Disks[0].Error = "gone" }, farsidev1.MachineState_MACHINE_STATE_PROTECTED, true, 40, true, "disk-error"},
+		{"disk missing", func(f *facts) {
+			f.agent.GetAgent().Disks[0].State, f.agent.GetAgent().Disks[0].Error = "missing", "gone"
+		}, farsidev1.MachineState_MACHINE_STATE_DEGRADED, true, 40, true, "disk-error"},
 		{"stream error", func(f *facts) { f.process.GetProcessServer().Streams[0].Error = "full" }, farsidev1.MachineState_MACHINE_STATE_PROTECTED, true, 40, true, "process-server-error"},
 		{"link behind", func(f *facts) { f.process.GetProcessServer().Streams[0].Behind = true }, farsidev1.MachineState_MACHINE_STATE_PROTECTED, true, 40, true, "link-behind"},
 		{"agent's notice", func(f *facts) { f.agent.Notices = []*farsidev1.Notice{{Code: "low-memory"}} }, farsidev1.MachineState_MACHINE_STATE_PROTECTED, true, 40, true, "low-memory"},

@@ -87,11 +87,17 @@ func (s *source) addCounters(st *capture.Stats, i int) {
 			s.judge(d, one)
 		}
 	}
+	// Before Linux 5.15 a disk that came back can't be told from one that never left.
+	if seq, err := d.readSeq(); err != nil || seq != d.seq {
+		if one.Gone = true; d.seq == 0 {
+			atomic.StoreUint64(&s.notes().Gone, 1)
+		}
+	}
 	st.Disks = append(st.Disks, one)
 }
 
 // judge notes for good if it is certain that changes of a disk were missed: the kernel
-// counted much more than the programs saw, or it is another disk. A disk that has grown
+// counted much more than the programs saw. A disk that has grown or is another one
 // is not judged by its counters: its tail is not watched, and whoever opens it anew knows.
 func (s *source) judge(d *device, one capture.DiskStats) {
 	// On a device without requests what began before the capture is not known.
@@ -100,7 +106,7 @@ func (s *source) judge(d *device, one capture.DiskStats) {
 		gone = false
 	}
 	if seq, err := d.readSeq(); err != nil || seq != d.seq {
-		gone = true
+		gone = false // see addCounters
 	}
 	if gone {
 		atomic.StoreUint64(&s.notes().Gone, 1)

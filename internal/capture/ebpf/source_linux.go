@@ -87,7 +87,7 @@ func openDevices(disks []capture.Disk) (devs []*device, err error) {
 		dev, err := openDevice(d)
 		if err != nil {
 			closeDevices(devs)
-			return nil, fmt.Errorf("capture disk %d, %s: %w", d.ID, d.Path, err)
+			return nil, &capture.DiskError{Disk: d.ID, Err: fmt.Errorf("%s: %w", d.Path, err)}
 		}
 		devs = append(devs, dev)
 		for _, o := range devs[:len(devs)-1] {

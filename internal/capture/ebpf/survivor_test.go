@@ -330,8 +330,15 @@ func TestDetached(t *testing.T) {
 				}
 			}
 		},
-		"another disk": func(t *testing.T, s *source, loop string) { // as after a change of medium
-			s.devs[0].seq--
+		"another disk": func(t *testing.T, s *source, loop string) {
+			unix.Close(s.devs[0].fd) // it would keep the device as it is
+			s.devs[0].fd = -1
+			file, err := os.ReadFile("/sys/block/" + filepath.Base(loop) + "/loop/backing_file")
+			if err != nil {
+				t.Fatal(err)
+			}
+			run(t, "losetup", "--detach", loop)
+			run(t, "losetup", loop, strings.TrimSpace(string(file)))
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -343,14 +350,12 @@ func TestDetached(t *testing.T) {
 			defer func() { s.Forget(); s.Close() }()
 			settled := capturetest.NewReplicator(s)
 			closeExact(t, settled)
-			if _, err := openBlock(t, loop).WriteAt(make([]byte, 4<<20), 0); err != nil { // more than the ring holds
-				t.Fatal(err)
-			}
+			run(t, "dd", "if=/dev/zero", "of="+loop, "bs=1M", "count=4", "oflag=direct", "status=none") // more than the ring holds
 			if st := s.Stats(); st.Detached || st.Disks[0].KernelBytes != 4<<20 || st.Disks[0].KernelBytes != st.Disks[0].SeenBytes {
 				t.Fatalf("before: %+v", st)
 			}
 			harm(t, s.(survivor).source, loop)
-			if st := s.Stats(); !st.Detached {
+			if st := s.Stats(); st.Detached == st.Disks[0].Gone || st.Disks[0].Gone != (name == "another disk") {
 				t.Fatalf("after: %+v", st)
 			}
 			if err := s.Close(); err != nil {

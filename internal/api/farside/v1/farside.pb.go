@@ -33,6 +33,7 @@ const (
 	MachineState_MACHINE_STATE_OFFLINE     MachineState = 6 // the agent does not report
 	MachineState_MACHINE_STATE_FENCED      MachineState = 7
 	MachineState_MACHINE_STATE_FAILED      MachineState = 8
+	MachineState_MACHINE_STATE_DEGRADED    MachineState = 9 // some disks are missing or can't be read; the others are replicated
 )
 
 // Enum value maps for MachineState.
@@ -47,6 +48,7 @@ var (
 		6: "MACHINE_STATE_OFFLINE",
 		7: "MACHINE_STATE_FENCED",
 		8: "MACHINE_STATE_FAILED",
+		9: "MACHINE_STATE_DEGRADED",
 	}
 	MachineState_value = map[string]int32{
 		"MACHINE_STATE_UNSPECIFIED": 0,
@@ -58,6 +60,7 @@ var (
 		"MACHINE_STATE_OFFLINE":     6,
 		"MACHINE_STATE_FENCED":      7,
 		"MACHINE_STATE_FAILED":      8,
+		"MACHINE_STATE_DEGRADED":    9,
 	}
 )
 
@@ -2962,7 +2965,7 @@ const file_farside_v1_farside_proto_rawDesc = "" +
 	"\x05group\x18\x01 \x01(\tR\x05group\x12\x14\n" +
 	"\x05limit\x18\x02 \x01(\x05R\x05limit\"I\n" +
 	"\x17ListGroupPointsResponse\x12.\n" +
-	"\x06points\x18\x01 \x03(\v2\x16.farside.v1.GroupPointR\x06points*\x88\x02\n" +
+	"\x06points\x18\x01 \x03(\v2\x16.farside.v1.GroupPointR\x06points*\xa4\x02\n" +
 	"\fMachineState\x12\x1d\n" +
 	"\x19MACHINE_STATE_UNSPECIFIED\x10\x00\x12\x1d\n" +
 	"\x19MACHINE_STATE_UNPROTECTED\x10\x01\x12\x19\n" +
@@ -2972,7 +2975,8 @@ const file_farside_v1_farside_proto_rawDesc = "" +
 	"\x14MACHINE_STATE_RESYNC\x10\x05\x12\x19\n" +
 	"\x15MACHINE_STATE_OFFLINE\x10\x06\x12\x18\n" +
 	"\x14MACHINE_STATE_FENCED\x10\a\x12\x18\n" +
-	"\x14MACHINE_STATE_FAILED\x10\b2\xb3\v\n" +
+	"\x14MACHINE_STATE_FAILED\x10\b\x12\x1a\n" +
+	"\x16MACHINE_STATE_DEGRADED\x10\t2\xb3\v\n" +
 	"\x0eFarsideService\x12H\n" +
 	"\tGetServer\x12\x1c.farside.v1.GetServerRequest\x1a\x1d.farside.v1.GetServerResponse\x12N\n" +
 	"\vCreateToken\x12\x1e.farside.v1.CreateTokenRequest\x1a\x1f.farside.v1.CreateTokenResponse\x12H\n" +
