@@ -56,6 +56,7 @@ type agent struct {
 	isBlock func(path string) bool
 
 	notices chronicle
+	record  *record // for the agent after this one; may be nil
 	devices devices // guarded by mu
 	mu      struct {
 		sync.Mutex

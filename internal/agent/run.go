@@ -12,6 +12,7 @@ import (
 	"time"
 
 	pb "farside/internal/api/farside/v1"
+	"farside/internal/blockdev"
 	"farside/internal/control"
 	"farside/internal/dr"
 	"farside/internal/quiesce"
@@ -55,9 +56,10 @@ func Run(ctx context.Context, c Config, log *slog.Logger) (err error) {
 	r := &reporter{agent: a, machine: machine, root: os.DirFS("/"), want: wantedOf(c), more: d.offered}
 	a.release = d.release
 	a.limit = limitGo
-	rec := newRecord(client, control.Host().GetBootId())
-	a.first = rec.reason(log)
-	defer rec.ended(log)
+	a.recall(newRecord(client, control.Host().GetBootId(), log, func(path string) (uint64, bool) {
+		return blockdev.Written(os.DirFS("/"), canonical(path))
+	}))
+	defer a.record.ended()
 	a.still = newStillness(quiesceWith(c.Points.ledger(machine)), c.Points.hooks(c.Data, machine))
 	var wg sync.WaitGroup
 	wg.Go(a.recoverHooks(machine))

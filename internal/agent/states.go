@@ -33,6 +33,10 @@ const (
 	ReasonRestart    Reason = "agent-restart"   // the agent was not running: anything may have been written
 	ReasonReboot     Reason = "reboot"          // the machine was shut down and booted: nothing captured what was written late and early
 	ReasonUnclean    Reason = "unclean-stop"    // the machine stopped without telling the agent, and was booted
+	ReasonExchanged  Reason = "disk-replaced"   // another disk is there than the one that the agent before this one captured
+	ReasonResized    Reason = "disk-resized"    // a disk has another size than when the agent before this one ended
+	ReasonWritten    Reason = "disk-written"    // the agent was not running, and the kernel counted writes meanwhile
+	ReasonUnknown    Reason = "unknown"         // nothing is known of an agent before this one
 	ReasonReopened   Reason = "capture-restart" // the capture was opened anew: disks or settings changed, or it failed
 	ReasonDisks      Reason = "disks-changed"   // a disk was taken out, came back or is another one: the capture was opened anew
 	ReasonOverflow   Reason = "overflow"        // changes came faster than they could be taken over
@@ -56,6 +60,14 @@ func (r Reason) text() string {
 		return "the machine was booted again: writes after the agent's end and before its start were not captured"
 	case ReasonUnclean:
 		return "the machine stopped without warning and was booted again"
+	case ReasonExchanged:
+		return "another disk is where the captured one was"
+	case ReasonResized:
+		return "a disk has another size than when the agent ended"
+	case ReasonWritten:
+		return "the agent was not running, and something was written"
+	case ReasonUnknown:
+		return "nothing is known of an agent before this one"
 	case ReasonReopened:
 		return "the capture was opened anew"
 	case ReasonDisks:

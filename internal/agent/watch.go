@@ -209,6 +209,7 @@ func (a *agent) watchDevices(ctx context.Context, offered func(m *blockdev.Machi
 		if len(m.Devices) > 0 {
 			a.lookAt(w, &m, offered, time.Now())
 		}
+		a.keepRecord(w)
 	}
 	return ctx.Err()
 }

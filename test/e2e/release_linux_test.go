@@ -9,7 +9,7 @@ import (
 )
 
 // TestReleaseFromKernel: what an agent leaves in the kernel is taken out of it by a verb, not as
-// long as the agent runs; the agent that follows compares the disks.
+// long as the agent runs; the agent that follows compares the disks, and knows that they were written.
 func TestReleaseFromKernel(t *testing.T) {
 	burn(t, labOptions{size: fireDisk, pin: true}, func(f *fire) {
 		pinned := func() int {
@@ -47,5 +47,5 @@ func TestReleaseFromKernel(t *testing.T) {
 			t.Fatal(err)
 		}
 		f.exact(time.Minute)
-	}, "agent-restart")
+	}, "disk-written")
 }
