@@ -32,6 +32,7 @@ import (
 	"farside/internal/capture"
 	"farside/internal/dr"
 	"farside/internal/frame"
+	"farside/internal/fsmap"
 )
 
 // agent replicates what it is told to.
@@ -48,6 +49,9 @@ type agent struct {
 	limit  func(memory int64) // holds the process to its memory; nil if it is not the agent's alone
 	// compareRate bounds what comparisons read, in bytes a second; 0 sets no bound.
 	compareRate int64
+	// skipFree are the kinds of file systems whose free blocks are not read.
+	skipFree  []fsmap.Kind
+	freeTaker *fsmap.Taker // outlives the streams, as what it asks may
 	// release ends a capture that goes on without a stream; nil if there is none such.
 	release func() error
 
@@ -270,6 +274,7 @@ func (a *agent) replicate(ctx context.Context, w *work, first Reason) (err error
 		machine: w.machine, timeline: w.timeline, first: first, used: o.used, tune: tune,
 		dial: a.dial, log: a.log, notices: &a.notices, news: a.news, still: a.still, schedule: &a.points,
 		compareRate: a.compareRate, absent: absent, hold: hold, torn: a.devices.torn(), tornKnown: a.setTorn,
+		skipFree: a.skipFree, freeTaker: a.freeTaker, driver: o.driver,
 	})
 	a.mu.stream, a.mu.driver, a.mu.err, a.devices.running = s, o.driver, nil, true
 	p := a.mu.assigned

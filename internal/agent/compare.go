@@ -12,6 +12,7 @@ import (
 	"farside/internal/capture"
 	blocks "farside/internal/compare"
 	"farside/internal/dr"
+	"farside/internal/extent"
 )
 
 // comparer finds out by hashes what the far side lacks, and marks it in the source:
@@ -22,9 +23,10 @@ import (
 // It is safe for concurrent use.
 type comparer struct {
 	src   capture.Source
-	shift uint8 // of the blocks
-	part  int64 // bytes that are asked for at a time
-	read  int64 // bytes that are read at a time
+	shift uint8    // of the blocks
+	part  int64    // bytes that are asked for at a time
+	read  int64    // bytes that are read at a time
+	spare *sparing // what need not be read; nil: everything is
 
 	// early ignores the floor, and lazy what differs: negative controls of the tests.
 	early, lazy bool
@@ -45,13 +47,20 @@ type pass struct {
 	open  int         // parts that are not settled
 	done  int64       // bytes that are
 	total int64
+	empty bool   // the far side holds zeroes: it is not asked
+	free  spared // what is not read
+
+	spared map[dr.DiskID]int64 // bytes of settled parts that were not marked, if empty
 }
 
 // part is a piece of a pass in somebody's hands.
 type part struct {
 	dr.Extent
-	of  *pass
-	req *blocks.Request // after look
+	of   *pass
+	req  *blocks.Request // after look
+	free *extent.Set     // nil: nothing is
+
+	spared int64 // bytes that markUsed did not mark
 }
 
 const (
@@ -73,6 +82,13 @@ func (c *comparer) Begin(from dr.Position, disks []dr.DiskID) error {
 	p := &pass{floor: from}
 	if c.early {
 		p.floor.Seq = 0
+	}
+	return c.begin(p, disks)
+}
+
+func (c *comparer) begin(p *pass, disks []dr.DiskID) error {
+	if p.spared = make(map[dr.DiskID]int64); c.spare != nil {
+		p.free.by, p.free.kinds = c.spare, c.spare.asked(p.empty)
 	}
 	if _, err := rand.Read(p.key[:]); err != nil {
 		return fmt.Errorf("make key of a comparison: %w", err)
@@ -106,7 +122,7 @@ func (c *comparer) Done() bool {
 func (c *comparer) Progress() (done, total int64) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.mu.pass == nil {
+	if c.mu.pass == nil || c.mu.pass.empty {
 		return 0, 0
 	}
 	return c.mu.pass.done, c.mu.pass.total
@@ -139,19 +155,17 @@ func (c *comparer) look(p *part, buf []byte, ready func(n int64) error) error {
 		Disk: p.Disk, Shift: c.shift, Floor: p.of.floor, First: p.Offset >> c.shift, Length: p.Length, Key: p.of.key,
 	}
 	h := blocks.NewHasher(r.Key)
-	for off := p.Offset; off < p.End(); off += c.read {
-		b := buf[:min(c.read, p.End()-off)]
-		if err := ready(int64(len(b))); err != nil {
-			return err
-		}
-		if _, err := c.src.ReadAt(b, p.Disk, off); err != nil {
-			return fmt.Errorf("%w: disk %d at %d: %w", errRead, p.Disk, off, err)
-		}
-		for block := range slices.Chunk(b, 1<<c.shift) {
-			if blocks.IsZero(block) {
-				r.Add(blocks.Zero, blocks.Sum{})
-			} else {
-				r.Add(blocks.Data, h.Sum(block))
+	for _, s := range stretches(p.free, p.Offset, p.Length, 1<<c.shift) {
+		for off := s.off; off < s.end; off += c.read {
+			n := min(c.read, s.end-off)
+			if s.skip {
+				for range (n + 1<<c.shift - 1) >> c.shift {
+					r.Add(blocks.Skip, blocks.Sum{})
+				}
+				continue
+			}
+			if err := c.lookAt(r, h, off, buf[:n], ready); err != nil {
+				return err
 			}
 		}
 	}
@@ -159,11 +173,32 @@ func (c *comparer) look(p *part, buf []byte, ready func(n int64) error) error {
 	return nil
 }
 
+// lookAt reads what fits into b and adds it to the request.
+func (c *comparer) lookAt(r *blocks.Request, h *blocks.Hasher, off int64, b []byte, ready func(n int64) error) error {
+	if err := ready(int64(len(b))); err != nil {
+		return err
+	}
+	if _, err := c.src.ReadAt(b, r.Disk, off); err != nil {
+		return fmt.Errorf("%w: disk %d at %d: %w", errRead, r.Disk, off, err)
+	}
+	for block := range slices.Chunk(b, 1<<c.shift) {
+		if blocks.IsZero(block) {
+			r.Add(blocks.Zero, blocks.Sum{})
+		} else {
+			r.Add(blocks.Data, h.Sum(block))
+		}
+	}
+	return nil
+}
+
 // settle takes the far side's answer about a part, or the error instead, and reports
 // whether the part is done; if not, somebody must claim it again. What can't be
 // compared for good is marked as a whole: that is always right.
 func (c *comparer) settle(p *part, answer []byte, err error) (bool, error) {
-	if err == nil {
+	switch {
+	case err == nil && p.of.empty:
+		err = c.markUsed(p)
+	case err == nil:
 		err = c.mark(p, answer)
 	}
 	if err != nil && !passing(err) {
@@ -178,6 +213,7 @@ func (c *comparer) settle(p *part, answer []byte, err error) (bool, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	p.of.open--
+	p.of.spared[p.Disk] += p.spared
 	p.of.done += p.Length
 	if c.mu.pass == p.of {
 		c.mu.fault = nil
@@ -274,15 +310,23 @@ func (c *comparer) work(ctx context.Context, ask asking, busy func() bool, pace 
 		if buf == nil {
 			buf = make([]byte, c.read)
 		}
-		err := c.look(p, buf, ready)
-		var answer []byte
-		if err == nil {
-			answer, err = c.askFor(ctx, p, ask)
-		}
+		p.free = p.of.free.of(ctx, c.src, p.Disk)
+		answer, err := c.treat(ctx, p, buf, ready, ask)
 		if done, _ := c.settle(p, answer, err); !done {
 			sleep(ctx, compareRetry, nil)
 		}
 	}
+}
+
+// treat looks at a part and returns the far side's answer about it.
+func (c *comparer) treat(ctx context.Context, p *part, buf []byte, ready func(n int64) error, ask asking) ([]byte, error) {
+	if p.of.empty {
+		return nil, ctx.Err() // nothing is read now: settle marks what is used
+	}
+	if err := c.look(p, buf, ready); err != nil {
+		return nil, err
+	}
+	return c.askFor(ctx, p, ask)
 }
 
 // askFor asks until there is an answer, an error that stays, or another pass. What was

@@ -16,6 +16,7 @@ import (
 	"farside/internal/capture/capturetest"
 	blocks "farside/internal/compare"
 	"farside/internal/dr"
+	"farside/internal/fsmap"
 )
 
 // simCompare plays the workers of a comparer, one action at a time, and a vault that
@@ -32,6 +33,9 @@ func (c *simCompare) start(s *sim) {
 	c.comparer, c.held = newComparer(s.source()), nil
 	c.shift, c.part, c.read = blocks.MinShift, 24<<10, 8<<10
 	c.early, c.lazy = s.early, s.lazy
+	if s.spares {
+		c.spare = &sparing{kinds: []fsmap.Kind{fsmap.Ext4}, take: s.takeFree, tell: func(notice) {}}
+	}
 	s.rep.compare = c.comparer
 }
 
@@ -63,6 +67,11 @@ func (s *sim) compareStep() error {
 	p, _ := c.claim()
 	if p == nil {
 		return nil
+	}
+	p.free = p.of.free.of(context.Background(), c.src, p.Disk)
+	if p.of.empty {
+		_, err := c.settle(p, nil, nil)
+		return err
 	}
 	if err := c.look(p, make([]byte, c.read), func(int64) error { return nil }); err != nil {
 		_, err = c.settle(p, nil, err)

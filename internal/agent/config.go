@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"farside/internal/dr"
+	"farside/internal/fsmap"
 	"farside/internal/quiesce"
 	"farside/internal/rolefile"
 )
@@ -58,6 +59,26 @@ type CompareConfig struct {
 	// Rate bounds what comparisons read, in bytes a second; 0, the default, sets no bound.
 	// Captured writes come first in any case.
 	Rate dr.Size `yaml:"rate"`
+	// SkipFree names kinds of file systems, ext4 and xfs, whose free blocks are neither compared
+	// nor read for the initial replication. Default: none; docs/used-blocks.md says what is given up.
+	SkipFree []string `yaml:"skip_free"`
+}
+
+func (c *CompareConfig) check() error {
+	for i, s := range c.SkipFree {
+		if _, err := fsmap.ParseKind(s); err != nil {
+			return fmt.Errorf("compare.skip_free[%d]: %w", i, err)
+		}
+	}
+	return nil
+}
+
+// kinds returns SkipFree after check.
+func (c *CompareConfig) kinds() (out []fsmap.Kind) {
+	for _, s := range c.SkipFree {
+		out = append(out, fsmap.Kind(s))
+	}
+	return out
 }
 
 // PointsConfig says how consistency points are made on this machine. When they are made
@@ -155,7 +176,7 @@ func (c *Config) check() error {
 	if err := errors.Join(c.Capture.QEMU.check(), c.Capture.Scan.check()); err != nil {
 		return err
 	}
-	return errors.Join(c.Capture.Tap.check(), c.Points.check())
+	return errors.Join(c.Capture.Tap.check(), c.Points.check(), c.Compare.check())
 }
 
 func (t *TapConfig) set() bool { return t.Socket != "" && len(t.Disks) > 0 }

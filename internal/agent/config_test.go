@@ -5,11 +5,13 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"farside/internal/dr"
+	"farside/internal/fsmap"
 )
 
 func TestParseConfig(t *testing.T) {
@@ -58,6 +60,7 @@ func TestParseConfigRefuses(t *testing.T) {
 		"tap no disks":  {"data: d\ncapture: {tap: {socket: s}}", "go together"},
 		"tap no name":   {"data: d\ncapture: {tap: {socket: s, disks: [{path: p}]}}", "name and path"},
 		"tap twice":     {"data: d\ncapture: {tap: {socket: s, disks: [{name: a, path: p}, {name: b, path: p}]}}", "twice"},
+		"free blocks":   {"data: d\ncompare: {skip_free: [ext4, btrfs]}", "skip_free[1]"},
 		"hooks":         {"data: d\npoints: {hooks: here}", "absolute"},
 		"no patience":   {"data: d\npoints: {hook_timeout: 0s}", "hook_timeout"},
 		"hooks shorter": {"data: d\npoints: {hook_timeout: 5s, hooks_timeout: 4s}", "hooks_timeout"},
@@ -85,8 +88,12 @@ func TestLoadConfig(t *testing.T) {
 	if err := os.WriteFile(p, []byte("data: d"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if c, err := LoadConfig(p); err != nil || c.Data != "d" {
+	if c, err := LoadConfig(p); err != nil || c.Data != "d" || len(c.Compare.kinds()) != 0 {
 		t.Errorf("good file: %+v, %v", c, err)
+	}
+	c, err := ParseConfig([]byte("data: d\ncompare: {skip_free: [ext4, xfs]}"))
+	if err != nil || !slices.Equal(c.Compare.kinds(), []fsmap.Kind{fsmap.Ext4, fsmap.XFS}) {
+		t.Errorf("free blocks: %+v, %v", c.Compare, err)
 	}
 }
 

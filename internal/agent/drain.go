@@ -37,6 +37,7 @@ type syncState struct {
 
 	suspect   bool      // everything is to be compared once the source has passed await
 	comparing comparing // what finds out what differs; nil: it is known
+	marking   bool      // comparing marks what is used, for a far side that holds nothing
 
 	empty   bool // the far side held nothing when the stream began
 	started time.Time
@@ -122,6 +123,7 @@ func (r *replicator) drain(ctx context.Context) error {
 	if err := r.compareSuspect(); err != nil {
 		return err
 	}
+	r.noteMarked()
 	if r.now.Before(r.sync.bulkFrom) {
 		return nil
 	}
@@ -143,6 +145,20 @@ func (r *replicator) drain(ctx context.Context) error {
 	return nil
 }
 
+// noteMarked notes that everything is dirty that a far side which held nothing is to get.
+func (r *replicator) noteMarked() {
+	if !r.sync.marking || !r.sync.comparing.Done() {
+		return
+	}
+	r.sync.marking = false
+	r.led.setWhole(false) // what is dirty stays so beyond this process
+	if s, ok := r.sync.comparing.(spares); ok {
+		for _, d := range r.disks {
+			d.Total -= s.Spared(d.ID)
+		}
+	}
+}
+
 // compared reports whether it is known what differs.
 func (r *replicator) compared() bool {
 	if r.sync.comparing == nil {
@@ -152,6 +168,7 @@ func (r *replicator) compared() bool {
 		r.sync.closing, r.sync.idle = false, true
 		return false
 	}
+	r.noteMarked()
 	if _, total := r.sync.comparing.Progress(); total > 0 {
 		for _, d := range r.disks {
 			d.Total, d.Done = 0, 0 // what is left is dirty

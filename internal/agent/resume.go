@@ -25,6 +25,16 @@ type comparing interface {
 	Fault() error
 }
 
+// spares is a comparing that can leave out what file systems say is free.
+type spares interface {
+	// Spares reports whether it does.
+	Spares() bool
+	// BeginEmpty is Begin for a far side that holds zeroes: everything but what is free is marked.
+	BeginEmpty(disks []dr.DiskID) error
+	// Spared returns how many bytes of a disk BeginEmpty has not marked.
+	Spared(id dr.DiskID) int64
+}
+
 // wholesale takes everything for different: it needs nothing from the far side.
 type wholesale struct{ src capture.Source }
 
@@ -220,6 +230,13 @@ func (r *replicator) beginCompare(c course) error {
 		return nil
 	}
 	compare := r.compare
+	if s, ok := compare.(spares); c.empty && ok && s.Spares() {
+		// The ledger may not say that all the rest is dirty before it is: who continues after this
+		// process compares.
+		r.led.setWhole(true)
+		r.sync.comparing, r.sync.marking = compare, true
+		return s.BeginEmpty(c.whole)
+	}
 	if c.empty {
 		compare = wholesale{r.src}
 	}

@@ -15,6 +15,7 @@ import (
 	"farside/internal/blockdev"
 	"farside/internal/control"
 	"farside/internal/dr"
+	"farside/internal/fsmap"
 	"farside/internal/quiesce"
 	"farside/internal/transport"
 )
@@ -51,7 +52,7 @@ func Run(ctx context.Context, c Config, log *slog.Logger) (err error) {
 	defer func() { err = errors.Join(err, d.Close()) }()
 
 	a := newAgent(d.open, dialAs(client.Identity()), int64(c.Memory), log)
-	a.compareRate = int64(c.Compare.Rate)
+	a.compareRate, a.skipFree, a.freeTaker = int64(c.Compare.Rate), c.Compare.kinds(), fsmap.NewTaker()
 	a.news, a.now = client.ReportSoon, client.ServerTime
 	r := &reporter{agent: a, machine: machine, root: os.DirFS("/"), want: wantedOf(c), more: d.offered}
 	a.release = d.release

@@ -38,6 +38,8 @@ type simOptions struct {
 	forgetful bool // negative control: what is taken of the dirty set is not noted
 	reckless  bool // negative control: any restart goes on as if it were exact
 	gen       int  // frames of a generation of the ledger; 0: as usual
+	spares    bool // file systems say what is free
+	oldMap    bool // negative control: they said it before the capture began
 }
 
 // sim drives a replicator against a capturetest.Mem, with a far side that
@@ -63,6 +65,7 @@ type sim struct {
 	tags     int
 	asked    map[[16]byte]int64 // tick
 	cmp      simCompare
+	free     simFree
 	still    bool  // nothing happens besides the calls of the test
 	peak     int64 // largest use of the outbox
 }
@@ -71,6 +74,7 @@ type op struct {
 	tick int64
 	x    dr.Extent
 	data []byte // nil: zeroes
+	free bool   // nothing was written: what was there does not matter from here on
 }
 
 type flight struct {
@@ -396,7 +400,8 @@ func (s *sim) checkMemory() error {
 
 func (s *sim) compare() error {
 	for _, d := range s.mem.Disks() {
-		if !bytes.Equal(s.far.disks[d.ID], s.mem.Image(d.ID)) {
+		s.far.truth.forward(s.ops, s.tick)
+		if !bytes.Equal(s.far.truth.disks[d.ID], s.mem.Image(d.ID)) || !s.far.truth.holds(d.ID, s.far.disks[d.ID]) {
 			return fmt.Errorf("disk %d after the quiet end: %w", d.ID, errMismatch)
 		}
 	}
@@ -408,14 +413,21 @@ func (s *sim) compare() error {
 type oracle struct {
 	disks map[dr.DiskID][]byte
 	next  int // the first op that is not applied
+	// idle are 1 where what a disk holds does not matter; there is none before something was free.
+	idle map[dr.DiskID][]byte
 }
 
-func (o *oracle) clone() *oracle { return &oracle{disks: cloneDisks(o.disks), next: o.next} }
+func (o *oracle) clone() *oracle {
+	return &oracle{disks: cloneDisks(o.disks), next: o.next, idle: cloneDisks(o.idle)}
+}
 
 // forward applies everything up to the tick.
 func (o *oracle) forward(ops []op, tick int64) {
 	for ; o.next < len(ops) && ops[o.next].tick <= tick; o.next++ {
 		x := ops[o.next].x
+		if o.matter(x, !ops[o.next].free); ops[o.next].free {
+			continue
+		}
 		dst := o.disks[x.Disk][x.Offset:x.End()]
 		clear(dst)
 		copy(dst, ops[o.next].data)
@@ -526,7 +538,7 @@ func (f *farSide) marker(fr *frame.Frame, s *sim) error {
 func (f *farSide) check(seq dr.Seq) error {
 	f.points++
 	for id, b := range f.disks {
-		if !bytes.Equal(b, f.truth.disks[id]) {
+		if !f.truth.holds(id, b) {
 			return fmt.Errorf("disk %d at point %d: %w", id, seq, errMismatch)
 		}
 	}

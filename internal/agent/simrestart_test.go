@@ -59,6 +59,7 @@ func (s *sim) reopen() (err error) {
 func (s *sim) reboot() error {
 	s.pinned.Kill()
 	s.kernel.Reboot()
+	s.free.old = s.free.choose(s.rng, s.disksOf()[0])
 	s.inflight, s.ops = nil, nil
 	s.truth = &oracle{disks: map[dr.DiskID][]byte{}}
 	for _, d := range s.disksOf() {

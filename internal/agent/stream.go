@@ -15,6 +15,7 @@ import (
 	"farside/internal/capture"
 	"farside/internal/dr"
 	"farside/internal/frame"
+	"farside/internal/fsmap"
 	"farside/internal/link"
 )
 
@@ -77,6 +78,9 @@ type streamConfig struct {
 	used     bool // events of the source were taken over before
 
 	compareRate int64 // bytes a second that comparisons read; 0: no bound
+	skipFree    []fsmap.Kind
+	freeTaker   *fsmap.Taker
+	driver      string // of the source
 
 	absent    []capture.Disk                // protected, but not captured now
 	hold      error                         // why nothing may be a point; nil if it may
@@ -103,6 +107,7 @@ func newStream(src capture.Source, c streamConfig) *stream {
 	s.rep = newReplicator(src, s.out, c.tune)
 	s.rep.stats.consumed = c.used
 	s.comparer, s.rate = newComparer(src), c.compareRate
+	s.comparer.spare = newSparing(c.skipFree, c.freeTaker, c.driver, s.note)
 	s.rep.compare = s.comparer
 	s.rep.absent, s.rep.hold, s.tornKnown = c.absent, c.hold, c.tornKnown
 	for _, d := range s.rep.disks {
@@ -219,6 +224,13 @@ func (s *stream) publish(now time.Time, fenced bool) {
 	}
 	s.forgetOutcomesLocked(&st)
 	s.mu.status, s.mu.safeTags = st, safe
+}
+
+// note keeps a notice and logs it.
+func (s *stream) note(n notice) {
+	s.notices.add(n)
+	s.log.Info(n.text, "code", n.code)
+	s.news()
 }
 
 // safeTags counts the tags that are durable on the far side.
