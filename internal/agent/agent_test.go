@@ -25,6 +25,7 @@ type lab struct {
 	machine dr.MachineID
 	lock    sync.Mutex
 	last    *capturetest.Mem // the one that was opened last
+	images  map[dr.DiskID][]byte
 	opens   int
 	failing error
 }
@@ -51,7 +52,7 @@ func (l *lab) fail(err error) {
 }
 
 func newLab(t *testing.T) *lab {
-	l := &lab{machine: dr.NewMachineID()}
+	l := &lab{machine: dr.NewMachineID(), images: map[dr.DiskID][]byte{}}
 	l.server = newFakeServer(t, l.machine, twoDisks)
 	l.agent = newAgent(l.open, l.server.dial, minMemory, slog.New(slog.DiscardHandler))
 	l.scan = func() blockdev.Machine { return blockdev.Machine{} } // this machine's are not the test's
@@ -68,9 +69,12 @@ func (l *lab) open(disks []capture.Disk, driver string, _ int64) (opened, error)
 	old := l.last
 	l.last = capturetest.NewMem(disks...)
 	if old != nil {
-		for _, d := range disks {
-			l.last.SetImage(d.ID, old.Image(d.ID))
+		for _, d := range old.Disks() {
+			l.images[d.ID] = old.Image(d.ID)
 		}
+	}
+	for _, d := range disks {
+		l.last.SetImage(d.ID, l.images[d.ID])
 	}
 	return opened{src: l.last, driver: "mem" + driver}, nil
 }

@@ -73,6 +73,7 @@ type replicator struct {
 	absent   []capture.Disk     // that are protected but not captured now
 	hold     error              // why nothing may be a point: an absent disk's copy is not whole
 	replaced bool               // the source took over from the capture of other disks, see claim
+	planned  bool               // a stream began
 	inherits map[dr.DiskID]bool // the disks of which it missed nothing
 
 	// blind makes the drain ignore the written sets: the negative control of
@@ -83,6 +84,11 @@ type replicator struct {
 	forgetful bool
 	// reckless goes on exactly behind any frame of the ledger, exact or not: another.
 	reckless bool
+
+	// trusting takes every disk for inherited: another.
+	trusting bool
+	// careless takes what an earlier capture of other disks had taken for sent: another.
+	careless bool
 
 	compare comparing
 }

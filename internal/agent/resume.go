@@ -85,6 +85,7 @@ func (r *replicator) plan(s start) (course, error) {
 	if ok {
 		ranges, ok = r.led.since(s.cursor.Position.Seq)
 	}
+	r.doubtAbsent(s.cursor.Position.Seq, n, ok)
 	if !ok || c.empty || r.ledgerWhole() || s.reason == ReasonAsked {
 		for _, d := range r.disks {
 			c.whole = append(c.whole, d.ID)
@@ -104,6 +105,19 @@ func (r *replicator) plan(s start) (course, error) {
 	return c, nil
 }
 
+// doubtAbsent holds back points if the receiver may stand where the copy of a disk that is absent was no
+// state of it: it lost some of what it had, and that can't be read again. n is the number of the frame at which it
+// stands, if ok. When the first stream begins and nothing is known, what the agent knows of the disk counts (hold).
+func (r *replicator) doubtAbsent(seq dr.Seq, n uint64, ok bool) {
+	first := !r.planned
+	r.planned = true
+	switch {
+	case len(r.absent) == 0 || r.hold != nil, !ok && first, ok && (n+1 == r.led.load(offCount) || r.led.exactAt(seq)):
+		return
+	}
+	r.hold = fmt.Errorf("no points are made: the receiver lost some of what it had of a disk that is not there (%s): %w", pathsOf(r.absent), dr.ErrNoPoint)
+}
+
 // captured returns those of the ranges that are of disks that are captured: what an absent disk
 // lacks is compared when it is back.
 func (r *replicator) captured(ranges []dr.Extent) (out []dr.Extent) {
@@ -119,12 +133,12 @@ func (r *replicator) captured(ranges []dr.Extent) (out []dr.Extent) {
 // the ledger says what may differ, besides what is dirty; the others are compared.
 func (r *replicator) partly(c *course, ranges []dr.Extent) {
 	for _, d := range r.disks {
-		if !r.inherits[d.ID] {
+		if !r.inherits[d.ID] && !r.trusting {
 			c.whole = append(c.whole, d.ID)
 		}
 	}
 	for _, x := range ranges {
-		if r.inherits[x.Disk] {
+		if r.inherits[x.Disk] && !r.careless {
 			c.ranges = append(c.ranges, x)
 		}
 	}

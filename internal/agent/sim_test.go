@@ -37,6 +37,10 @@ type simOptions struct {
 	lazy      bool // negative control: what differs is not marked
 	forgetful bool // negative control: what is taken of the dirty set is not noted
 	reckless  bool // negative control: any restart goes on as if it were exact
+	swaps     bool // disks are taken out and put back
+	trusting  bool // negative control: a disk that came back is taken as it was
+	careless  bool // negative control: what the ledger says is ignored when a disk is taken out or put back
+	hasty     bool // negative control: points are made though the copy of a disk that is away is torn
 	gen       int  // frames of a generation of the ledger; 0: as usual
 	spares    bool // file systems say what is free
 	oldMap    bool // negative control: they said it before the capture began
@@ -62,6 +66,9 @@ type sim struct {
 	truth    *oracle
 	far      *farSide
 	saved    []*farSide // what the far side held before
+	away     dr.DiskID  // the disk that was taken out
+	torn     map[dr.DiskID]bool
+	swaps0   int // times that one was
 	tags     int
 	asked    map[[16]byte]int64 // tick
 	cmp      simCompare
@@ -89,7 +96,7 @@ const simDisk = 192 << 10
 func newSim(o simOptions) *sim {
 	s := &sim{simOptions: o, rng: rand.New(rand.NewPCG(o.seed, 1)), asked: make(map[[16]byte]int64)}
 	disks := s.disksOf()
-	if o.kills || o.reboots {
+	if o.kills || o.reboots || o.swaps {
 		s.kernel = capturetest.NewKernel(disks...)
 	} else {
 		s.mem = capturetest.NewMem(disks...)
@@ -178,6 +185,9 @@ func (s *sim) act() error {
 	if s.compares && s.rng.IntN(3) == 0 {
 		return s.compareStep()
 	}
+	if s.swaps && s.rng.IntN(40) == 0 {
+		return s.swap()
+	}
 	switch n := s.rng.IntN(100); {
 	case n < 35:
 		s.submit()
@@ -237,7 +247,7 @@ func (s *sim) calm() error {
 // submit begins a write that doesn't overlap one that is on its way: what
 // such a pair leaves on a disk is anybody's guess.
 func (s *sim) submit() {
-	d := s.mem.Disks()[s.rng.IntN(s.disks)]
+	d := s.mem.Disks()[s.rng.IntN(len(s.mem.Disks()))]
 	sectors := d.Size / dr.SectorSize
 	first := s.rng.Int64N(sectors)
 	if s.rng.IntN(2) == 0 {
@@ -338,7 +348,9 @@ func (s *sim) reconnect() {
 func (s *sim) lose() {
 	if n := len(s.saved); n > 0 {
 		i := s.rng.IntN(n)
+		held := s.far.held
 		s.far, s.saved = s.saved[i].clone(), s.saved[:i+1]
+		s.far.blind, s.far.held = s.away, held
 		s.cmp.vault = nil
 		s.reconnect()
 	}
@@ -357,6 +369,11 @@ func (s *sim) askTag() {
 // side must hold what the disks hold.
 func (s *sim) quiet() error {
 	s.still = true
+	if s.away != 0 {
+		if err := s.putBack(); err != nil {
+			return err
+		}
+	}
 	for len(s.inflight) > 0 {
 		s.land(0)
 	}
@@ -451,6 +468,8 @@ type farSide struct {
 	points int
 	folded int // epochs whose end was checked
 	tagged map[[16]byte]bool
+	blind  dr.DiskID // a disk that was taken out in a state that is not known
+	held   bool      // there must be no points
 }
 
 func (f *farSide) clone() *farSide {
@@ -537,7 +556,13 @@ func (f *farSide) marker(fr *frame.Frame, s *sim) error {
 
 func (f *farSide) check(seq dr.Seq) error {
 	f.points++
+	if f.held {
+		return fmt.Errorf("point %d with a torn copy: %w", seq, errMismatch)
+	}
 	for id, b := range f.disks {
+		if id == f.blind {
+			continue
+		}
 		if !f.truth.holds(id, b) {
 			return fmt.Errorf("disk %d at point %d: %w", id, seq, errMismatch)
 		}

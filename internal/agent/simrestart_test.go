@@ -30,8 +30,11 @@ func (m simSurvivor) TakeDirtyNoted(limit int64, note func([]dr.Extent)) ([]dr.E
 
 // start begins an agent: its first one, or one behind a dead one.
 func (s *sim) start() {
+	s.noteTorn()
 	s.out = newOutbox()
 	s.rep = newReplicator(s.source(), s.out, s.tuning())
+	s.rep.trusting, s.rep.careless = s.trusting, s.careless
+	s.tellAbsent()
 	if s.compares {
 		s.cmp.start(s)
 	}
@@ -46,7 +49,7 @@ func (s *sim) kill() error {
 }
 
 func (s *sim) reopen() (err error) {
-	if s.pinned, err = s.kernel.Open(capturetest.MemOptions{Hold: true, Memory: ledgerSize(s.disksOf())}); err != nil {
+	if s.pinned, err = s.kernel.Open(capturetest.MemOptions{Disks: s.here(), Hold: true, Memory: ledgerSize(s.disksOf())}); err != nil {
 		return err
 	}
 	s.mem = s.pinned.Mem
@@ -61,6 +64,7 @@ func (s *sim) reboot() error {
 	s.kernel.Reboot()
 	s.free.old = s.free.choose(s.rng, s.disksOf()[0])
 	s.inflight, s.ops = nil, nil
+	s.far.blind = s.away
 	s.truth = &oracle{disks: map[dr.DiskID][]byte{}}
 	for _, d := range s.disksOf() {
 		s.truth.disks[d.ID] = s.kernel.Image(d.ID)
