@@ -220,7 +220,11 @@ func (m *pointMaker) hold(ctx context.Context, s still, t dr.Tag, limit time.Dur
 		return err
 	}
 	// From here to Release nothing may wait for a disk.
-	return m.placeHeld(ctx, t, s.Held)
+	_, err := m.place(ctx, t, s.Held)
+	if errors.Is(err, context.DeadlineExceeded) {
+		return fmt.Errorf("the tag did not get into the stream while the file systems were frozen: %w", quiesce.ErrTimeout)
+	}
+	return err
 }
 
 // remarks returns what should be known of a point that was made.
@@ -281,48 +285,6 @@ func (s *stream) scanning() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.mu.status.phase == Syncing && s.mu.status.why == ReasonScan
-}
-
-// placeHeld has t placed behind all that is in the capture now, if held reports nil then. Errors
-// tell why it was not placed. The caller has made the file systems stand still, and ctx
-// ends not later than that.
-func (s *stream) placeHeld(ctx context.Context, t dr.Tag, held func() error) error {
-	h := &heldTag{tag: t, ctx: ctx, mark: s.src.Tail(), when: time.Now(), held: held, done: make(chan error, 1)}
-	s.mu.Lock()
-	if s.mu.held != nil {
-		s.mu.Unlock()
-		return fmt.Errorf("place tag %q: another point is being made: %w", t.Name, dr.ErrUnavailable)
-	}
-	s.mu.held = h
-	s.mu.Unlock()
-	select {
-	case err := <-h.done:
-		return err
-	case <-ctx.Done():
-	}
-	s.mu.Lock()
-	taken := s.mu.held != h
-	if !taken {
-		s.mu.held = nil
-	}
-	s.mu.Unlock()
-	if !taken {
-		return notPlaced(ctx)
-	}
-	// The replicator has it and looks at ctx in its next step. It may have placed it just now.
-	select {
-	case err := <-h.done:
-		return err
-	case <-time.After(time.Second):
-		return notPlaced(ctx)
-	}
-}
-
-func notPlaced(ctx context.Context) error {
-	if errors.Is(ctx.Err(), context.DeadlineExceeded) {
-		return fmt.Errorf("the tag did not get into the stream while the file systems were frozen: %w", quiesce.ErrTimeout)
-	}
-	return ctx.Err()
 }
 
 // watchTags returns a channel that is closed when other tags are wanted.

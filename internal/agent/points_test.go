@@ -353,36 +353,22 @@ func TestPointWaits(t *testing.T) {
 	})
 }
 
-// held makes a scene with a held tag whose question is answered by the test.
-func held(s *scene, answer *error) *heldTag {
-	h := &heldTag{
-		tag: dr.Tag{ID: [16]byte{9}, Consistency: dr.FileSystem, Name: "still"}, ctx: s.t.Context(),
-		mark: s.src.Tail(), when: s.now, held: func() error { return *answer }, done: make(chan error, 1),
-	}
-	s.rep.tags.held = h
-	return h
-}
-
 func TestHeldTag(t *testing.T) {
 	var answer error
 	for _, tc := range []struct {
 		name   string
-		change func(*scene, *heldTag)
+		change func(*scene, *order)
 		want   error
 	}{
-		{"placed", func(*scene, *heldTag) {}, nil},
-		{"not held", func(*scene, *heldTag) { answer = quiesce.ErrTimeout }, quiesce.ErrTimeout},
-		{"overflow", func(s *scene, _ *heldTag) { s.src.Overflow() }, errNotExact},
-		{"marked", func(s *scene, _ *heldTag) { s.src.Mark(dr.Extent{Disk: 1, Length: 4096}) }, errNotExact},
-		{"new stream", func(s *scene, _ *heldTag) {
+		{"placed", func(*scene, *order) {}, nil},
+		{"not held", func(*scene, *order) { answer = quiesce.ErrTimeout }, quiesce.ErrTimeout},
+		{"overflow", func(s *scene, _ *order) { s.src.Overflow() }, errNotExact},
+		{"marked", func(s *scene, _ *order) { s.src.Mark(dr.Extent{Disk: 1, Length: 4096}) }, errNotExact},
+		{"new stream", func(s *scene, _ *order) {
 			s.at.Position.Seq += 100
 			s.out.resume(s.at, 0, ReasonInitial)
 		}, errNotExact},
-		{"given up", func(_ *scene, h *heldTag) {
-			ctx, cancel := context.WithCancel(h.ctx)
-			cancel()
-			h.ctx = ctx
-		}, context.Canceled},
+		{"given up", func(_ *scene, o *order) { o.state.Store(orderWithdrawn) }, context.Canceled},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			answer = nil
@@ -390,23 +376,18 @@ func TestHeldTag(t *testing.T) {
 			s.connect()
 			s.untilExact()
 			s.src.Write(1, 0, sector(1))
-			h := held(s, &answer)
-			tc.change(s, h)
+			o := ordered(s, func() error { return answer })
+			tc.change(s, o)
 			for range 5 {
 				s.step()
 			}
-			select {
-			case err := <-h.done:
-				if !errors.Is(err, tc.want) {
-					t.Errorf("told %v, want %v", err, tc.want)
-				}
-			default:
-				t.Error("nobody was told")
+			if o.settled() == o.withdrawn() || !o.withdrawn() && !errors.Is(o.why, tc.want) {
+				t.Errorf("settled %v, told %v, want %v", o.settled(), o.why, tc.want)
 			}
 			s.receive()
 			placed := slices.ContainsFunc(s.seen, func(f *frame.Frame) bool { return f.Kind == frame.TagKind })
-			if placed != (tc.want == nil) || s.rep.tags.held != nil {
-				t.Errorf("placed %v, still held %v", placed, s.rep.tags.held != nil)
+			if placed != (tc.want == nil) || len(s.rep.tags.orders) > 0 {
+				t.Errorf("placed %v, %d wait", placed, len(s.rep.tags.orders))
 			}
 		})
 	}
@@ -435,11 +416,11 @@ func TestHeldTagIsBehindItsMark(t *testing.T) {
 	slow.stuck = true
 	s.src.Write(1, 0, sector(1))
 	var answer error
-	h := held(s, &answer)
+	o := ordered(s, func() error { return answer })
 	for range 5 {
 		s.step()
 	}
-	if len(h.done) != 0 {
+	if o.settled() {
 		t.Fatal("placed before what was written")
 	}
 	slow.stuck = false
@@ -447,7 +428,7 @@ func TestHeldTagIsBehindItsMark(t *testing.T) {
 		s.step()
 	}
 	s.receive()
-	if len(h.done) != 1 || s.far[0] != 1 {
+	if !o.settled() || s.far[0] != 1 {
 		t.Error("not placed behind what was written")
 	}
 }
@@ -460,16 +441,11 @@ func TestPlaceHeldGivesUp(t *testing.T) {
 		})
 		ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
 		defer cancel()
-		done := make(chan error, 1)
-		go func() { done <- s.placeHeld(ctx, dr.Tag{}, func() error { return nil }) }()
-		synctest.Wait()
-		if err := s.placeHeld(ctx, dr.Tag{}, nil); !errors.Is(err, dr.ErrUnavailable) {
-			t.Errorf("a second one: %v", err)
-		}
-		if err := <-done; !errors.Is(err, quiesce.ErrTimeout) {
+		s.mu.status.phase = Exact
+		if err := s.points.hold(ctx, frozenStill{}, dr.Tag{}, 300*time.Millisecond); !errors.Is(err, quiesce.ErrTimeout) {
 			t.Errorf("nobody steps: %v", err)
 		}
-		if s.mu.held != nil {
+		if len(s.mu.orders) != 1 || !s.mu.orders[0].withdrawn() {
 			t.Error("it still waits")
 		}
 	})

@@ -193,7 +193,7 @@ func (r *replicator) patience() time.Duration {
 
 // advance does what is next in the phase.
 func (r *replicator) advance(ctx context.Context) error {
-	if err := r.putHeld(); err != nil {
+	if err := r.putOrders(); err != nil {
 		return err
 	}
 	if r.phase == Syncing {

@@ -56,7 +56,6 @@ type stream struct {
 		tags        []dr.Tag      // wanted
 		tagsNew     bool
 		tagsChanged chan struct{} // closed and replaced when others are wanted
-		held        *heldTag      // waits for the replicator to take it
 		fallen      []dr.Tag      // to be placed though they are not what was wanted
 		outcomes    map[[16]byte]outcome
 		orders      []*order // that the replicator has not seen yet
@@ -115,7 +114,8 @@ func newStream(src capture.Source, c streamConfig) *stream {
 	}
 	s.mu.serverNew, s.mu.tagsChanged = make(chan struct{}), make(chan struct{})
 	s.points = &pointMaker{stream: s, stillness: cmp.Or(c.still, newStillness(never, nil)), schedule: cmp.Or(c.schedule, &schedule{})}
-	s.barriers.prepare, s.barriers.place = s.points.prepareGroup, s.place
+	s.barriers.prepare = s.points.prepareGroup
+	s.barriers.place = func(ctx context.Context, t dr.Tag) (dr.Position, error) { return s.place(ctx, t, nil) }
 	s.mu.status = s.rep.status()
 	return s
 }
@@ -192,13 +192,7 @@ func (s *stream) passTags() {
 		s.mu.tagsNew = false
 		s.rep.tags.set(s.crashTagsLocked())
 	}
-	if s.mu.held != nil && s.rep.tags.held == nil {
-		s.rep.tags.held, s.mu.held = s.mu.held, nil
-	}
-	for _, o := range s.mu.orders {
-		s.rep.tags.obey(o)
-	}
-	s.mu.orders = nil
+	s.rep.tags.orders, s.mu.orders = append(s.rep.tags.orders, s.mu.orders...), nil
 }
 
 // publish makes the replicator's status visible and notes what changed.
