@@ -38,6 +38,8 @@ type place struct {
 	loop  *load.Loop
 	size  int64
 	rng   *rand.Rand
+
+	unmount func() error
 }
 
 var sizes = map[Kind]int64{Ext4: 128 << 20, XFS: 304 << 20}
@@ -57,12 +59,11 @@ func newPlace(t *testing.T, kind Kind) *place {
 		t.Fatal(err)
 	}
 	p.mount = filepath.Join(p.dir, "mnt")
-	unmount, err := p.loop.Mount(p.mount)
-	if err != nil {
+	if p.unmount, err = p.loop.Mount(p.mount); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		if err := unmount(); err != nil {
+		if err := p.unmount(); err != nil {
 			t.Error(err)
 		}
 	})
