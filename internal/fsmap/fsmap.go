@@ -150,8 +150,8 @@ func (t *Taker) bounded(ctx context.Context, v *volume) ([]extent.Range, error) 
 	done := make(chan answer, 1)
 	own := *v
 	go func() {
-		defer t.leave(own.Device)
 		free, err := t.ask(&own)
+		t.leave(own.Device) // before anybody knows, and asks again
 		done <- answer{free, own.Mount, err}
 	}()
 	select {

@@ -8,6 +8,7 @@ import (
 	"reflect"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -177,9 +178,9 @@ func TestTakeNothing(t *testing.T) {
 // before it has answered.
 func TestHang(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		release, asked := make(chan struct{}), 0
+		release, asked := make(chan struct{}), atomic.Int32{}
 		tk, d := taker(ext4Head(nil), func(v *volume) ([]extent.Range, error) {
-			asked++
+			asked.Add(1)
 			<-release
 			return []extent.Range{{Start: 0, End: 1 << 20}}, nil
 		})
@@ -191,13 +192,13 @@ func TestHang(t *testing.T) {
 				t.Fatalf("%d free, %v", m.Free.Bytes(), m.Volumes[0].Err)
 			}
 		}
-		if asked != 1 {
-			t.Errorf("asked %d times", asked)
+		if asked.Load() != 1 {
+			t.Errorf("asked %d times", asked.Load())
 		}
 		close(release)
 		synctest.Wait()
-		if m := tk.Take(t.Context(), d, Ext4); m.Free.Bytes() != 1<<20 || asked != 2 {
-			t.Errorf("%d free, asked %d times", m.Free.Bytes(), asked)
+		if m := tk.Take(t.Context(), d, Ext4); m.Free.Bytes() != 1<<20 || asked.Load() != 2 {
+			t.Errorf("%d free, asked %d times", m.Free.Bytes(), asked.Load())
 		}
 	})
 }
