@@ -141,6 +141,7 @@ func TestFormats(t *testing.T) {
 		"no flex_bg":   {[]string{"-O", "^flex_bg,^resize_inode", "-b", "1024"}, true},
 		"meta_bg":      {[]string{"-O", "meta_bg,^resize_inode", "-b", "1024"}, true},
 		"bigalloc":     {[]string{"-O", "bigalloc"}, false},
+		"fast commits": {[]string{"-O", "fast_commit"}, false},
 		"no journal":   {[]string{"-O", "^has_journal"}, false},
 	} {
 		t.Run(name, func(t *testing.T) {

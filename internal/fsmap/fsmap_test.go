@@ -100,14 +100,15 @@ func TestJudge(t *testing.T) {
 		kind Kind
 		ok   bool
 	}{
-		"ext4":       {ext4Head(nil), Ext4, true},
-		"no journal": {ext4Head(func(b []byte) { b[ext4CompatAt] = 0 }), Ext4, false},
-		"bigalloc":   {ext4Head(func(b []byte) { b[ext4ROAt+1] = 2 }), Ext4, false},
-		"xfs":        {xfsHead(0xb4a5), XFS, true},
-		"xfs 4":      {xfsHead(0xb4a4), XFS, false},
-		"nothing":    {make([]byte, superblockEnd), "", false},
-		"short":      {ext4Head(nil)[:superblockEnd-1], "", false},
-		"none":       {nil, "", false},
+		"ext4":         {ext4Head(nil), Ext4, true},
+		"no journal":   {ext4Head(func(b []byte) { b[ext4CompatAt] = 0 }), Ext4, false},
+		"fast commits": {ext4Head(func(b []byte) { b[ext4CompatAt+1] = 4 }), Ext4, false},
+		"bigalloc":     {ext4Head(func(b []byte) { b[ext4ROAt+1] = 2 }), Ext4, false},
+		"xfs":          {xfsHead(0xb4a5), XFS, true},
+		"xfs 4":        {xfsHead(0xb4a4), XFS, false},
+		"nothing":      {make([]byte, superblockEnd), "", false},
+		"short":        {ext4Head(nil)[:superblockEnd-1], "", false},
+		"none":         {nil, "", false},
 	} {
 		k, err := judge(c.head)
 		if k != c.kind || (err == nil) != c.ok || err != nil && !errors.Is(err, dr.ErrUnsupported) {

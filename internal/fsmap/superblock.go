@@ -19,6 +19,7 @@ const (
 	ext4CompatAt  = ext4At + 0x5C
 	ext4ROAt      = ext4At + 0x64
 	hasJournal    = 0x4
+	fastCommit    = 0x400
 	bigAlloc      = 0x200
 	xfsMagic      = "XFSB"
 	xfsVersionAt  = 100
@@ -44,6 +45,9 @@ func judge(head []byte) (Kind, error) {
 		return "", fmt.Errorf("neither ext4 nor xfs: %w", dr.ErrUnsupported)
 	case le.Uint32(head[ext4CompatAt:])&hasJournal == 0:
 		return Ext4, fmt.Errorf("ext4 without a journal: %w", dr.ErrUnsupported)
+	case le.Uint32(head[ext4CompatAt:])&fastCommit != 0:
+		// Its records are not whole blocks: what recovery reads before it writes is not known well enough.
+		return Ext4, fmt.Errorf("ext4 with fast commits: %w", dr.ErrUnsupported)
 	case le.Uint32(head[ext4ROAt:])&bigAlloc != 0:
 		return Ext4, fmt.Errorf("ext4 with bigalloc: %w", dr.ErrUnsupported)
 	}
