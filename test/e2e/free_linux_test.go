@@ -105,12 +105,11 @@ func isFree(e *farsidev1.Notice) bool { return e.GetCode() == "free-blocks" }
 
 // comparedSparingly reports whether the second agent, whose events these are, has compared and is exact.
 func comparedSparingly(m *farsidev1.Machine) bool {
-	var codes []string
+	seen := map[string]bool{}
 	for _, e := range m.GetEvents() {
-		codes = append(codes, e.GetCode())
+		seen[e.GetCode()] = true
 	}
-	slices.Sort(codes)
-	return slices.Equal(codes, []string{"agent-restart", "exact", "free-blocks"})
+	return seen["agent-restart"] && seen["free-blocks"] && seen["exact"]
 }
 
 // judgeFiles compares the files of the copy with those of the disk, at a moment at which that stands still.
