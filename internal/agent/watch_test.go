@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -167,11 +168,12 @@ func TestAgentStartsWithoutADisk(t *testing.T) {
 func TestAgentSetsUnopenedAside(t *testing.T) {
 	play(t, func(l *lab) {
 		cabinet(l)
-		bad := true
+		var bad atomic.Bool
+		bad.Store(true)
 		open := l.agent.open
 		l.agent.open = func(disks []capture.Disk, driver string, ring int64) (opened, error) {
 			for _, d := range disks {
-				if d.ID == 2 && bad {
+				if d.ID == 2 && bad.Load() {
 					return opened{}, fmt.Errorf("open: %w", &capture.DiskError{Disk: 2, Err: dr.ErrUnavailable})
 				}
 			}
@@ -183,7 +185,7 @@ func TestAgentSetsUnopenedAside(t *testing.T) {
 		if d := l.report(time.Now()).GetDisks(); len(d) != 2 || d[1].GetState() != "failed" || d[0].GetState() == "failed" {
 			t.Errorf("%v", d)
 		}
-		bad = false
+		bad.Store(false)
 		time.Sleep(15 * time.Second)
 		if r := l.expect(t, "it can be opened", pb.Phase_PHASE_EXACT); len(r.GetDisks()) != 2 || r.GetDisks()[1].GetState() != "ok" {
 			t.Errorf("%v", r.GetDisks())

@@ -28,13 +28,21 @@ import (
 // the device is there for the file when it is attached again.
 func highLoop(t *testing.T, file string, n int) *load.Loop {
 	t.Helper()
-	l := &load.Loop{Device: fmt.Sprintf("/dev/loop%d", 500+os.Getpid()%1000*8+n), File: file}
+	n += 500 + os.Getpid()%1000*8
+	l := &load.Loop{Device: fmt.Sprintf("/dev/loop%d", n), File: file}
 	if _, err := os.Stat(l.Device); err != nil {
-		if err := unix.Mknod(l.Device, unix.S_IFBLK|0o600, int(unix.Mkdev(7, uint32(500+os.Getpid()%1000*8+n)))); err != nil {
+		if err := unix.Mknod(l.Device, unix.S_IFBLK|0o600, int(unix.Mkdev(7, uint32(n)))); err != nil {
 			t.Fatal(err)
 		}
 		t.Cleanup(func() { os.Remove(l.Device) })
 	}
+	t.Cleanup(func() {
+		const remove = 0x4c81 // LOOP_CTL_REMOVE
+		if f, err := os.Open("/dev/loop-control"); err == nil {
+			defer f.Close()
+			_ = unix.IoctlSetInt(int(f.Fd()), remove, n) // else an empty device stays
+		}
+	})
 	if err := errors.Join(os.WriteFile(file, nil, 0o600), os.Truncate(file, outDisk)); err != nil {
 		t.Fatal(err)
 	}
