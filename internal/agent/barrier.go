@@ -325,7 +325,7 @@ func (g *groupStill) Release() {
 // prepareGroup makes the machine ready for a barrier: it fails rather than promise
 // less than what was asked for, so that the group has a point as a whole or none.
 func (m *pointMaker) prepareGroup(ctx context.Context, c *pb.BarrierCall) (standstill, error) {
-	if err := m.calm(); err != nil {
+	if err := errors.Join(m.calm(), m.complete()); err != nil {
 		return nil, err
 	}
 	g := &groupStill{reached: dr.FileSystem}

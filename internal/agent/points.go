@@ -179,8 +179,19 @@ type partly struct{ text string }
 
 func (p *partly) Error() string { return p.text }
 
+// complete reports why a point can't promise more than crash consistency: it has a disk as that was before it was taken out.
+func (m *pointMaker) complete() error {
+	if len(m.rep.absent) > 0 {
+		return fmt.Errorf("%s is not captured now, the point has it as it was: %w", pathsOf(m.rep.absent), dr.ErrUnavailable)
+	}
+	return nil
+}
+
 // make makes one point. Nothing is frozen when it returns.
 func (m *pointMaker) make(ctx context.Context, t dr.Tag) error {
+	if err := m.complete(); err != nil {
+		return err
+	}
 	limit := m.schedule.freezeLimit()
 	o := quiesce.Options{Point: quiesce.Point{Machine: m.machine.String(), ID: dr.NodeID(t.ID).String(), Name: t.Name}}
 	for _, d := range m.src.Disks() {

