@@ -38,6 +38,7 @@ type ack struct {
 	at     int    // length of the log afterwards
 	writes uint64 // so many writes of the load had returned before
 	name   string // of the tag or the token
+	seq    uint64 // that was said to be stored
 }
 
 // cut is a deployment with a role's directory on a recorded disk, and a load whose every write is known.
