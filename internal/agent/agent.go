@@ -33,6 +33,7 @@ import (
 	"farside/internal/dr"
 	"farside/internal/frame"
 	"farside/internal/fsmap"
+	"farside/internal/link"
 )
 
 // agent replicates what it is told to.
@@ -58,6 +59,7 @@ type agent struct {
 	// How the machine's devices are seen.
 	scan    func() blockdev.Machine
 	isBlock func(path string) bool
+	boot    func() link.Boot // of this system; may be nil
 
 	notices chronicle
 	record  *record // for the agent after this one; may be nil
@@ -274,7 +276,7 @@ func (a *agent) replicate(ctx context.Context, w *work, first Reason) (err error
 		machine: w.machine, timeline: w.timeline, first: first, used: o.used, tune: tune,
 		dial: a.dial, log: a.log, notices: &a.notices, news: a.news, still: a.still, schedule: &a.points,
 		compareRate: a.compareRate, absent: absent, hold: hold, torn: a.devices.torn(), tornKnown: a.setTorn,
-		skipFree: a.skipFree, freeTaker: a.freeTaker, driver: o.driver,
+		boot: a.boot, skipFree: a.skipFree, freeTaker: a.freeTaker, driver: o.driver,
 	})
 	a.mu.stream, a.mu.driver, a.mu.err, a.devices.running = s, o.driver, nil, true
 	p := a.mu.assigned

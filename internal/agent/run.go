@@ -16,6 +16,7 @@ import (
 	"farside/internal/control"
 	"farside/internal/dr"
 	"farside/internal/fsmap"
+	"farside/internal/link"
 	"farside/internal/quiesce"
 	"farside/internal/transport"
 )
@@ -53,7 +54,7 @@ func Run(ctx context.Context, c Config, log *slog.Logger) (err error) {
 
 	a := newAgent(d.open, dialAs(client.Identity()), int64(c.Memory), log)
 	a.compareRate, a.skipFree, a.freeTaker = int64(c.Compare.Rate), c.Compare.kinds(), fsmap.NewTaker()
-	a.news, a.now = client.ReportSoon, client.ServerTime
+	a.news, a.now, a.boot = client.ReportSoon, client.ServerTime, boot
 	r := &reporter{agent: a, machine: machine, root: os.DirFS("/"), want: wantedOf(c), more: d.offered}
 	a.release = d.release
 	a.limit = limitGo
@@ -89,6 +90,19 @@ func thawLeft(ledger string, log *slog.Logger) {
 	if len(thawed) > 0 || err != nil {
 		log.Warn("an earlier agent left file systems frozen; they are thawed", "mounts", thawed, "error", err)
 	}
+}
+
+// boot returns what tells this run of this system from others, a clone's above all; zero where
+// the system doesn't say.
+func boot() link.Boot { return bootOf(control.Host(), time.Now()) }
+
+func bootOf(h *pb.HostInfo, now time.Time) link.Boot {
+	id, err := dr.ParseNodeID(h.GetBootId())
+	if err != nil || h.GetBootNs() == 0 {
+		return link.Boot{}
+	}
+	// Linux tells when it booted by the same clock, also after that was set.
+	return link.Boot{ID: id, Up: max(0, now.Sub(time.Unix(0, h.GetBootNs())))}
 }
 
 // dialAs returns a dialer that proves to be id and wants to find the process

@@ -5,11 +5,14 @@ import (
 	"errors"
 	"log/slog"
 	"path/filepath"
+	"runtime"
 	"testing"
 	"testing/fstest"
 	"time"
 
+	pb "farside/internal/api/farside/v1"
 	"farside/internal/dr"
+	"farside/internal/link"
 	"farside/internal/transport"
 	"farside/internal/transport/transporttest"
 )
@@ -18,6 +21,22 @@ func TestRunNeedsIdentity(t *testing.T) {
 	err := Run(t.Context(), Config{Data: filepath.Join(t.TempDir(), "none")}, slog.New(slog.DiscardHandler))
 	if !errors.Is(err, dr.ErrNotFound) {
 		t.Errorf("not joined: %v", err)
+	}
+}
+
+func TestBootOf(t *testing.T) {
+	now := time.Unix(5000, 0)
+	h := &pb.HostInfo{BootId: "11223344-5566-4788-99aa-bbccddeeff00", BootNs: 2000e9}
+	if b := bootOf(h, now); b.Up != 3000*time.Second || b.ID[0] != 0x11 || b.ID[15] != 0 {
+		t.Errorf("%+v", b)
+	}
+	for _, h := range []*pb.HostInfo{nil, {}, {BootId: h.BootId}, {BootId: "x", BootNs: 1}} {
+		if b := bootOf(h, now); b != (link.Boot{}) {
+			t.Errorf("%v: %+v", h, b)
+		}
+	}
+	if runtime.GOOS == "linux" && (boot().ID == [16]byte{} || boot().Up <= 0) {
+		t.Errorf("this system: %+v", boot())
 	}
 }
 

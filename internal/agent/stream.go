@@ -38,6 +38,7 @@ type stream struct {
 	out      *outbox
 	rep      *replicator // belongs to the goroutine that steps it
 	dial     dialer
+	boot     func() link.Boot // of this system; may be nil
 	log      *slog.Logger
 	notices  *chronicle // outlives the stream
 	news     func()     // called when something happened that people wait for
@@ -88,6 +89,7 @@ type streamConfig struct {
 
 	tune     tuning
 	dial     dialer
+	boot     func() link.Boot // of this system; nil if that can't be told
 	log      *slog.Logger
 	notices  *chronicle
 	news     func()
@@ -98,7 +100,7 @@ type streamConfig struct {
 func newStream(src capture.Source, c streamConfig) *stream {
 	s := &stream{
 		machine: c.machine, timeline: c.timeline, first: c.first,
-		src: src, out: newOutbox(), dial: c.dial, log: c.log, notices: c.notices, news: c.news,
+		src: src, out: newOutbox(), dial: c.dial, boot: c.boot, log: c.log, notices: c.notices, news: c.news,
 	}
 	// What is dirty is read while the buffer takes what is written meanwhile: a quarter of it is not
 	// much to wait for, and a machine that writes quickly would never have less.
@@ -363,8 +365,12 @@ func (s *stream) send(ctx context.Context, node, addr string) error {
 	if err != nil {
 		return err
 	}
+	hello := link.Hello{Machine: s.machine, Timeline: s.timeline}
+	if s.boot != nil {
+		hello.Boot = s.boot()
+	}
 	return link.Send(ctx, conn, link.SenderOptions{
-		Hello:  link.Hello{Machine: s.machine, Timeline: s.timeline},
+		Hello:  hello,
 		Source: source{s, addr}, Window: s.rep.tune.memory,
 		Connected: s.setFar, Handle: s.called,
 	})

@@ -3,6 +3,7 @@ package link
 import (
 	"bytes"
 	"encoding/hex"
+	"errors"
 	"flag"
 	"fmt"
 	"os"
@@ -29,6 +30,7 @@ func TestGoldenMessages(t *testing.T) {
 		bytes []byte
 	}{
 		{"hello", Hello{Machine: dr.MachineID{0xaa, 1}, Timeline: 3}.encode()},
+		{"hello with boot", Hello{Machine: dr.MachineID{0xaa, 1}, Timeline: 3, Boot: Boot{[16]byte{0xb0, 15: 0xb1}, 0x1234 * time.Millisecond}}.encode()},
 		{"welcome", encodeWelcome(cursor, 0x99)},
 		{"refuse", (&Refused{Code: CodeNotReady, RetryAfter: 1500 * time.Millisecond, Text: "später"}).encode()},
 		{"ack", Ack{Stored: 0x1234, Durable: 0x12}.encode()},
@@ -67,7 +69,20 @@ func TestMessagesRoundTrip(t *testing.T) {
 	if _, b := read(hello.encode()); mustOne(parseHello(b)) != hello {
 		t.Error("hello")
 	}
-	_, b := read(encodeWelcome(cursor, 5))
+	booted := hello
+	booted.Boot = Boot{ID: [16]byte{5}, Up: time.Minute}
+	_, b := read(booted.encode())
+	if mustOne(parseHello(b)) != booted {
+		t.Error("hello with boot")
+	}
+	b[helloSize+bootSize-1] = 0x80
+	if _, err := parseHello(b); !errors.Is(err, dr.ErrCorrupt) {
+		t.Errorf("a boot of the far past: %v", err)
+	}
+	if _, err := parseHello(b[:helloSize+1]); !errors.Is(err, dr.ErrCorrupt) {
+		t.Errorf("half a boot: %v", err)
+	}
+	_, b = read(encodeWelcome(cursor, 5))
 	if c, durable, err := parseWelcome(b); c != cursor || durable != 5 || err != nil {
 		t.Errorf("welcome %+v %d %v", c, durable, err)
 	}

@@ -48,6 +48,7 @@ const (
 
 const (
 	helloSize   = 32
+	bootSize    = 24 // of a hello's boot, which may be missing
 	welcomeSize = 80
 	ackSize     = 16
 	refuseFixed = 8
@@ -58,7 +59,7 @@ const (
 func (t msgType) bodyLimits() (low, high int, ok bool) {
 	switch t {
 	case msgHello:
-		return helloSize, helloSize, true
+		return helloSize, helloSize + bootSize, true
 	case msgWelcome:
 		return welcomeSize, welcomeSize, true
 	case msgRefuse:
@@ -81,6 +82,14 @@ func (t msgType) bodyLimits() (low, high int, ok bool) {
 type Hello struct {
 	Machine  dr.MachineID
 	Timeline dr.Timeline
+	Boot     Boot // of the machine that sends; zero: not known, or sent on by another
+}
+
+// Boot tells one run of an operating system from every other: a machine from its clone, and from
+// itself before it was restarted.
+type Boot struct {
+	ID [16]byte      // random, as the system chose it when it booted
+	Up time.Duration // since then, in milliseconds; never negative
 }
 
 // Ack is how far a receiver has come.
@@ -174,22 +183,37 @@ func message(t msgType, body []byte) []byte {
 }
 
 func (h Hello) encode() []byte {
-	b := make([]byte, helloSize)
+	b := make([]byte, helloSize, helloSize+bootSize)
 	copy(b, magic)
 	le.PutUint16(b[4:], version)
 	copy(b[8:], h.Machine[:])
 	le.PutUint32(b[24:], uint32(h.Timeline))
+	if h.Boot.ID != ([16]byte{}) {
+		b = append(b, h.Boot.ID[:]...)
+		b = le.AppendUint64(b, uint64(max(h.Boot.Up, 0).Milliseconds()))
+	}
 	return message(msgHello, b)
 }
 
+// maxUp bounds what a hello may say of a boot: more than any system runs, and nothing that overflows.
+const maxUp = 100 * 365 * 24 * time.Hour
+
 func parseHello(b []byte) (Hello, error) {
-	if len(b) != helloSize || string(b[:4]) != magic {
+	if len(b) != helloSize && len(b) != helloSize+bootSize || string(b[:4]) != magic {
 		return Hello{}, fmt.Errorf("hello: not this protocol: %w", dr.ErrCorrupt)
 	}
 	if v := le.Uint16(b[4:]); v != version {
 		return Hello{}, fmt.Errorf("link version %d, this program knows %d: %w", v, version, dr.ErrVersion)
 	}
-	return Hello{Machine: dr.MachineID(b[8:24]), Timeline: dr.Timeline(le.Uint32(b[24:]))}, nil
+	h := Hello{Machine: dr.MachineID(b[8:24]), Timeline: dr.Timeline(le.Uint32(b[24:]))}
+	if len(b) > helloSize {
+		ms := le.Uint64(b[helloSize+16:])
+		if ms > uint64(maxUp.Milliseconds()) {
+			return Hello{}, fmt.Errorf("hello of a system that runs for %d ms: %w", ms, dr.ErrCorrupt)
+		}
+		h.Boot = Boot{ID: [16]byte(b[helloSize:]), Up: time.Duration(ms) * time.Millisecond}
+	}
+	return h, nil
 }
 
 func encodeWelcome(c frame.Cursor, durable dr.Seq) []byte {

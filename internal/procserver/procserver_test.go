@@ -92,6 +92,7 @@ type agent struct {
 	pause  time.Duration // between connections
 	every  time.Duration // between frames
 	deaf   bool          // acknowledgements do not arrive any more
+	boot   link.Boot     // of its system
 	lost   dr.Seq        // first change that was stored once and asked for again
 }
 
@@ -258,7 +259,7 @@ func connect(ctx context.Context, srv *server, a *agent, who transport.Peer) err
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	wg.Go(func() { srv.links.Serve(ctx, right) })
-	return link.Send(ctx, left, link.SenderOptions{Hello: link.Hello{Machine: machine, Timeline: a.timeline()}, Source: a})
+	return link.Send(ctx, left, link.SenderOptions{Hello: link.Hello{Machine: machine, Timeline: a.timeline(), Boot: a.boot}, Source: a})
 }
 
 // keepConnected connects again and again.

@@ -35,6 +35,7 @@ type server struct {
 	log   *slog.Logger
 	links link.Server
 	group groups
+	known clones
 
 	assigning sync.Mutex // one assign, retry or close at a time changes which streams there are
 	assigned  *pb.ProcessServerAssignment
@@ -65,6 +66,8 @@ func newServer(fsys vfs.FS, dir string, limit int64, dial dialer, log *slog.Logg
 	}
 	s.links.Authorize, s.links.Open = s.authorize, s.open
 	s.mu.streams = map[dr.MachineID]*running{}
+	s.known.notice = s.notice
+	s.env.heard = func(id dr.MachineID) { s.known.heard(id, time.Now()) }
 	s.group.notice, s.group.log = s.notice, log
 	s.group.stream = func(id dr.MachineID) *stream {
 		if r := s.stream(id); r != nil {
@@ -97,7 +100,11 @@ func (s *server) authorize(conn net.Conn, h link.Hello) error {
 	if r.agent != p.Node {
 		return fmt.Errorf("machine %v has another agent now: %w", h.Machine, dr.ErrDenied)
 	}
-	return nil
+	if h.Timeline != r.timeline {
+		return nil // open says why it may not
+	}
+	// Before the connection of the sender that is known makes room.
+	return s.known.admit(h, time.Now())
 }
 
 func (s *server) open(ctx context.Context, h link.Hello) (link.Sink, error) {

@@ -59,6 +59,7 @@ type stream struct {
 // env is what all streams of a process server share.
 type env struct {
 	dial    dialer
+	heard   func(machine dr.MachineID) // its agent sent something; may be nil
 	notice  func(code string, severity pb.Severity, text string)
 	work    chan struct{} // has room for as many as may compress at a time
 	meter   *meter        // of the time that they take
@@ -119,6 +120,9 @@ func (k *sink) Connected(c *link.Caller) {
 
 // Append implements link.Sink: it compresses the frames and spools them.
 func (k *sink) Append(ctx context.Context, frames []*frame.Frame) error {
+	if k.s.heard != nil {
+		k.s.heard(k.s.machine)
+	}
 	packed, err := recode(ctx, frames, k.s.packing(), k.s.env)
 	if err != nil {
 		return err
