@@ -209,7 +209,11 @@ func (c *cut) judge(n int, check func(dir string, seen []ack) error) (bad []erro
 				seen = append(seen, a)
 			}
 		}
-		if err := mounted(c.disk, m, dir, func() error { return check(dir, seen) }); err != nil {
+		err := mounted(c.disk, m, dir, func() error { return check(dir, seen) })
+		if errors.Is(err, errStuck) {
+			c.t.Fatal(err)
+		}
+		if err != nil {
 			bad = append(bad, fmt.Errorf("cut at %d of %d, seed %d, %d changes open: %w", at, last, seed, open, err))
 		}
 	}

@@ -3,11 +3,13 @@ package powercut
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"sync"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -121,5 +123,19 @@ func mounted(d *Disk, m *Image, dir string, use func() error) error {
 	if err := unix.Mount(d.Device, dir, "ext4", 0, ""); err != nil {
 		return err
 	}
-	return errors.Join(use(), unix.Unmount(dir, 0))
+	return errors.Join(use(), leave(dir))
 }
+
+// leave unmounts dir. A process that another test is just starting may hold what this one had open.
+func leave(dir string) (err error) {
+	for range 600 {
+		if err = unix.Unmount(dir, 0); !errors.Is(err, unix.EBUSY) {
+			return err
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	return fmt.Errorf("%w: %w", errStuck, err)
+}
+
+// errStuck says that a state can't be unmounted, so no other can be judged.
+var errStuck = errors.New("the disk stays in use")
