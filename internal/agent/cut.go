@@ -79,15 +79,23 @@ func (r *replicator) cutFrame() error {
 	return nil
 }
 
-// cutAged finishes the frame under construction if it is old enough, or at
-// once if the process server has stored everything else: then it is idle, and
-// waiting would only add delay. Under load this makes one frame per round trip.
+// cutAged finishes the frame under construction if it is due.
 func (r *replicator) cutAged() error {
-	if !r.cut.begun {
-		return nil
-	}
-	if _, waiting := r.out.used(); waiting > 0 && r.now.Sub(r.cut.at) < r.tune.frameAge {
+	if !r.cut.begun || r.untilCut() > 0 {
 		return nil
 	}
 	return r.cutFrame()
+}
+
+// untilCut returns how long the frame under construction may still grow: until it is old
+// enough, or, if the process server has stored everything else, until the frame before is
+// frameRest old. So a write after a pause goes at once, under load there is one frame per round
+// trip, and where the round trip is shorter than the pauses between writes, each of them is
+// not a frame of its own, with its system calls and wake-ups in every role.
+func (r *replicator) untilCut() time.Duration {
+	left := r.tune.frameAge - r.now.Sub(r.cut.at)
+	if _, waiting := r.out.used(); waiting == 0 {
+		left = min(left, r.tune.frameRest-r.now.Sub(r.last))
+	}
+	return max(0, left)
 }

@@ -18,6 +18,7 @@ type tuning struct {
 	codec       frame.Codec   // of the frames
 	frameBytes  int           // a frame is cut when it holds that much data …
 	frameAge    time.Duration // … or when it is that old: bounds what batching adds to the RPO
+	frameRest   time.Duration // an idle link gets frames no closer than this: bounds what each write costs
 	heartbeat   time.Duration // between frames of an idle stream
 	chunk       int64         // bytes read from the disks between two batches of events
 	resumeBelow int64         // bytes dirty at which capture with data begins again
@@ -36,7 +37,7 @@ const batchRoom = 2 * capture.MaxBatch
 func defaultTuning() tuning {
 	return tuning{
 		memory: 64 << 20, fold: true, codec: frame.None, frameBytes: 1 << 20, frameAge: 50 * time.Millisecond,
-		heartbeat: 500 * time.Millisecond, chunk: 1 << 20, resumeBelow: 16 << 20,
+		frameRest: 10 * time.Millisecond, heartbeat: 500 * time.Millisecond, chunk: 1 << 20, resumeBelow: 16 << 20,
 		written: 64 << 10, wait: 10 * time.Millisecond,
 		resumeWait: 5 * time.Millisecond, retry: time.Second, generation: genMaxFrames,
 	}
@@ -186,7 +187,7 @@ func (r *replicator) patience() time.Duration {
 	case r.phase == Syncing && r.bulkRoom(), r.tags.pending():
 		return 0
 	case r.cut.begun:
-		return min(r.tune.wait, max(0, r.tune.frameAge-r.now.Sub(r.cut.at)))
+		return min(r.tune.wait, r.untilCut())
 	}
 	return r.tune.wait
 }

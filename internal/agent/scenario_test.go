@@ -208,6 +208,7 @@ func TestOverflowBeforeResume(t *testing.T) {
 	s.untilExact()
 	s.same()
 	s.src.Write(1, 512, sector(4))
+	s.now = s.now.Add(s.rep.tune.frameRest)
 	s.step()
 	s.receive()
 	s.same()
@@ -244,6 +245,7 @@ func TestMarkUnderLoad(t *testing.T) {
 		s.step()
 		s.receive()
 	}
+	s.now = s.now.Add(s.rep.tune.frameRest) // for the last write
 	s.untilExact()
 	s.same()
 	if s.rep.stats.syncs != 2 || s.rep.why != ReasonMarked {
@@ -310,6 +312,30 @@ func TestTags(t *testing.T) {
 	}
 }
 
+// A link that stores each frame at once is not sent each write alone: 20 writes in as many
+// milliseconds are a frame at once and then one per frameRest.
+func TestFramesOfAFastLinkRest(t *testing.T) {
+	s := newScene(t, 0)
+	s.connect()
+	s.untilExact()
+	s.now = s.now.Add(s.rep.tune.frameRest)
+	before, writes, frames := s.rep.stats.frames, 2*int(s.rep.tune.frameRest/time.Millisecond), 0
+	for i := range writes {
+		s.src.Write(1, int64(i)*4096, bytes.Repeat([]byte{byte(i + 1)}, 4096))
+		s.step() // a millisecond
+		frames += len(s.receive())
+		if i == 0 && frames != 1 {
+			t.Errorf("a write after a pause: %d frames, want 1 at once", frames)
+		}
+		if w := s.rep.untilCut(); s.rep.cut.begun && w > s.rep.tune.frameRest {
+			t.Errorf("write %d waits for %v", i, w)
+		}
+	}
+	if n := s.rep.stats.frames - before; n < 2 || n > 3 {
+		t.Errorf("%d writes are %d frames", writes, n)
+	}
+}
+
 func TestFramesAreCut(t *testing.T) {
 	s := newScene(t, 0)
 	s.connect()
@@ -319,6 +345,7 @@ func TestFramesAreCut(t *testing.T) {
 			s.src.Write(1, int64(i)*4096, bytes.Repeat([]byte{byte(i + 1)}, 4096))
 		}
 	}
+	s.now = s.now.Add(s.rep.tune.frameRest)
 	write(1)
 	s.step()
 	if _, n := s.out.used(); n != 1 {
