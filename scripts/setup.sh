@@ -24,6 +24,7 @@ qemu-block-extra|/usr/share/doc/qemu-block-extra|lets QEMU speak to NBD over TLS
 sqlite3|sqlite3|judges recovered databases
 postgresql|/usr/lib/postgresql|is started on recovered disks, and judges them
 mariadb-server|mariadbd|is frozen by its hook, and started on recovered disks
+redis-server|redis-server|is saved by its hook, and started on what was saved
 shellcheck|shellcheck|checks the hooks that come with the program
 rsync|rsync|is what the bytes over the WAN are compared with
 jq|jq|reads the answers of benchmarks and of the demo
