@@ -54,6 +54,7 @@ type cut struct {
 	rng     *rand.Rand
 	written []int // block of each write
 	acks    []ack
+	most    uint64 // writes of the load that a spool held
 }
 
 // program builds farside.

@@ -28,6 +28,9 @@ func TestSpool(t *testing.T) {
 	for _, err := range c.judge(images(20), c.spool) {
 		t.Error(err)
 	}
+	if c.most == 0 {
+		t.Error("no state held anything of the load")
+	}
 }
 
 // TestSpoolUnsynced: with a process server whose fsync does nothing the same judgement finds losses.
@@ -117,9 +120,7 @@ func (c *cut) spool(dir string, seen []ack) error {
 		return err
 	}
 	n, err := c.prefix(func(p []byte, off int64) error { m.ReadAt(p, off); return nil })
-	if n == 0 {
-		err = errors.Join(err, errors.New("the spool holds nothing of the load"))
-	}
+	c.most = max(c.most, n)
 	return err
 }
 
