@@ -102,8 +102,15 @@ func (r *Replay) Cut(cut int, rng *rand.Rand) (m *Image, open int) {
 	return m, cut - r.next
 }
 
+// superblock is the end of what is never torn: ext4 can't be mounted when its superblock, which is two sectors with a
+// checksum, is half old and half new. That is nothing that a role could do anything about.
+const superblock = 4096
+
 // apply does a change; with rng only to some of its sectors.
 func apply(m *Image, e entry, rng *rand.Rand) {
+	if e.off < superblock {
+		rng = nil
+	}
 	step := e.n
 	if rng != nil {
 		step = sectorSize
