@@ -16,7 +16,7 @@ import (
 	"farside/internal/nbd"
 )
 
-// Options say where a Server listens. At least one of Socket and Listen is set.
+// Options say where a Server listens. At least one of Socket, Listen and Listener is set.
 type Options struct {
 	// Socket is the path of a Unix socket, in the clear: who may open it may
 	// use the exports. Its directory is made for the owner only.
@@ -32,6 +32,8 @@ type Options struct {
 	// Host stands in the URIs of the TCP exports instead of Listen's host,
 	// so that it fits the certificate.
 	Host string
+	// Listener is served in the clear as well, and closed by Close; the URIs don't name it. May be nil.
+	Listener net.Listener
 	// Listed lets clients ask for the names of all exports.
 	Listed bool
 	// Log is told of connections that failed. May be nil.
@@ -41,6 +43,7 @@ type Options struct {
 // Server offers devices as NBD exports. Make it with Listen.
 type Server struct {
 	unix, tcp *nbd.Server // nil if it doesn't listen there
+	other     *nbd.Server // of Options.Listener
 	socket    string
 	address   string // host:port for URIs
 	plain     bool   // no TLS there
@@ -74,7 +77,7 @@ func Listen(o Options) (_ *Server, err error) {
 			err = errors.Join(err, s.Close(context.Background()))
 		}
 	}()
-	if o.Socket == "" && o.Listen == "" {
+	if o.Socket == "" && o.Listen == "" && o.Listener == nil {
 		return nil, fmt.Errorf("listen for exports: neither socket nor address: %w", dr.ErrInvalid)
 	}
 	conf := nbd.Config{Lookup: s.lookup, Log: s.log}
@@ -90,6 +93,12 @@ func Listen(o Options) (_ *Server, err error) {
 		if err := s.listenTCP(o, conf); err != nil {
 			return nil, err
 		}
+	}
+	if o.Listener != nil {
+		if s.other, err = nbd.NewServer(conf); err != nil {
+			return nil, err
+		}
+		s.accept(s.other, o.Listener)
 	}
 	return s, nil
 }
@@ -240,7 +249,7 @@ func (s *Server) Close(ctx context.Context) error {
 	s.mu.closed = true
 	s.mu.Unlock()
 	var err error
-	for _, n := range []*nbd.Server{s.unix, s.tcp} {
+	for _, n := range []*nbd.Server{s.unix, s.tcp, s.other} {
 		if n != nil {
 			err = errors.Join(err, n.Shutdown(ctx))
 		}

@@ -33,9 +33,6 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger) error {
 	}
 	defer client.Close()
 	id := client.Identity()
-	if err := vfs.OS().MkdirAll(cfg.Vaults); err != nil {
-		return fmt.Errorf("master target: %w", err)
-	}
 	exports, err := export.Listen(export.Options{
 		Socket: cfg.NBD.Socket, Listen: cfg.NBD.Listen, Host: cfg.NBD.Host, TLS: id.ServerConfig(transport.RoleClient),
 		Plain: cfg.NBD.Plaintext,
@@ -51,13 +48,19 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger) error {
 	listener.SetLogger(log)
 	cache := vault.NewCache(int64(cfg.Cache))
 	defer cache.Close()
-	s := newServer(vfs.OS(), cfg.Vaults, vault.Options{Cache: cache}, cfg.History, exports, client.ReportSoon, log)
+	n, err := New(Options{
+		FS: vfs.OS(), Vaults: cfg.Vaults, Vault: vault.Options{Cache: cache}, History: cfg.History,
+		Exports: exports, Soon: client.ReportSoon, Log: log,
+	})
+	if err != nil {
+		return errors.Join(err, listener.Close(), exports.Close(ctx))
+	}
 	advertise := cfg.Advertise
 	if advertise == "" {
 		advertise = listener.Addr().String()
 	}
 	log.Info("master target runs", "listen", listener.Addr(), "advertise", advertise, "vaults", cfg.Vaults)
-	err = s.serve(ctx, client, listener, advertise)
+	err = n.serve(ctx, client, listener, advertise)
 	stop, cancel := context.WithTimeout(context.WithoutCancel(ctx), stopTimeout)
 	defer cancel()
 	if closeErr := exports.Close(stop); closeErr != nil {
@@ -67,23 +70,16 @@ func Run(ctx context.Context, cfg Config, log *slog.Logger) error {
 }
 
 // serve runs everything until ctx ends.
-func (s *server) serve(ctx context.Context, client *control.Client, l net.Listener, advertise string) error {
+func (n *Node) serve(ctx context.Context, client *control.Client, l net.Listener, advertise string) error {
 	asked := ctx
 	g, ctx := errgroup.WithContext(ctx)
-	stop := context.AfterFunc(ctx, func() { l.Close() })
-	defer stop()
+	g.Go(func() error { return n.Run(ctx, l) })
 	g.Go(func() error {
-		return s.links.Accept(ctx, l, func(c net.Conn, err error) {
-			s.log.Info("process server's connection ended", "from", c.RemoteAddr(), "error", err)
-		})
-	})
-	g.Go(func() error { return s.run(ctx) })
-	g.Go(func() error {
-		return client.Watch(ctx, func(a *pb.Assignment) { s.assign(a.GetMasterTarget()) })
+		return client.Watch(ctx, func(a *pb.Assignment) { n.Assign(a.GetMasterTarget()) })
 	})
 	g.Go(func() error {
 		return client.Report(ctx, func() *pb.Report {
-			r := s.report()
+			r := n.Report()
 			r.Addresses = []string{advertise}
 			return r
 		}, reportEvery)

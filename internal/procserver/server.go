@@ -40,6 +40,7 @@ type server struct {
 	assigning sync.Mutex // one assign, retry or close at a time changes which streams there are
 	assigned  *pb.ProcessServerAssignment
 	failed    bool // some stream of it could not begin
+	ended     bool // nothing is assigned any more
 
 	mu struct {
 		sync.Mutex
@@ -119,6 +120,9 @@ func (s *server) open(ctx context.Context, h link.Hello) (link.Sink, error) {
 func (s *server) assign(ctx context.Context, a *pb.ProcessServerAssignment) {
 	s.assigning.Lock()
 	defer s.assigning.Unlock()
+	if s.ended {
+		return
+	}
 	s.assigned = a
 	s.applyAssigned(ctx)
 	s.group.assign(ctx, a.GetGroups())
@@ -277,7 +281,7 @@ func (s *server) close() {
 	s.group.close()
 	s.assigning.Lock()
 	defer s.assigning.Unlock()
-	s.assigned, s.failed = nil, false
+	s.assigned, s.failed, s.ended = nil, false, true
 	s.mu.Lock()
 	all := s.mu.streams
 	s.mu.streams = map[dr.MachineID]*running{}
