@@ -18,48 +18,49 @@ const (
 	groupFrames = 256
 )
 
-// writer lets several goroutines write whole messages to a connection.
+// writer lets several goroutines write whole messages to a connection. Whose turn it is may
+// last as long as the connection is slow, so a channel says it: under a simulated clock nobody may wait
+// for a mutex that long.
 type writer struct {
-	mu struct {
-		sync.Mutex
-		buf   *bufio.Writer
-		wrote bool // since the last tick of keepAlive
-	}
+	turn  chan struct{} // holds one value while it is somebody's
+	buf   *bufio.Writer
+	wrote bool // since the last tick of keepAlive
 }
 
 func newWriter(conn net.Conn) *writer {
-	w := &writer{}
-	w.mu.buf = bufio.NewWriterSize(conn, writeBuffer)
-	return w
+	return &writer{turn: make(chan struct{}, 1), buf: bufio.NewWriterSize(conn, writeBuffer)}
+}
+
+// take makes it the caller's turn until done is called.
+func (w *writer) take() (done func()) {
+	w.turn <- struct{}{}
+	return func() { <-w.turn }
 }
 
 // write sends one message, given as its header and body or in one piece.
 func (w *writer) write(parts ...[]byte) error {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	if err := w.putLocked(parts); err != nil {
+	defer w.take()()
+	if err := w.putInTurn(parts); err != nil {
 		return err
 	}
-	return w.mu.buf.Flush()
+	return w.buf.Flush()
 }
 
 // put is write, but small messages may wait for the next write or flush.
 func (w *writer) put(parts ...[]byte) error {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	return w.putLocked(parts)
+	defer w.take()()
+	return w.putInTurn(parts)
 }
 
 func (w *writer) flush() error {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	return w.mu.buf.Flush()
+	defer w.take()()
+	return w.buf.Flush()
 }
 
-func (w *writer) putLocked(parts [][]byte) error {
-	w.mu.wrote = true
+func (w *writer) putInTurn(parts [][]byte) error {
+	w.wrote = true
 	for _, p := range parts {
-		if _, err := w.mu.buf.Write(p); err != nil {
+		if _, err := w.buf.Write(p); err != nil {
 			return err
 		}
 	}
@@ -76,12 +77,14 @@ func (w *writer) keepAlive(ctx context.Context) error {
 			return nil
 		case <-tick.C:
 		}
-		if !w.mu.TryLock() {
+		select {
+		case w.turn <- struct{}{}:
+		default:
 			continue // somebody writes, so what the other side reads is life enough
 		}
-		idle := !w.mu.wrote
-		w.mu.wrote = false
-		w.mu.Unlock()
+		idle := !w.wrote
+		w.wrote = false
+		<-w.turn
 		if !idle {
 			continue
 		}

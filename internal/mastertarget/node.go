@@ -32,7 +32,7 @@ type Node struct{ s *server }
 
 // New makes a Node that has nothing to do yet. The Exports stay the owner's.
 func New(o Options) (*Node, error) {
-	if err := o.FS.MkdirAll(o.Vaults); err != nil {
+	if err := vfs.MakeDir(o.FS, o.Vaults); err != nil {
 		return nil, fmt.Errorf("master target: %w", err)
 	}
 	return &Node{newServer(o.FS, o.Vaults, o.Vault, o.History, o.Exports, o.Soon, o.Log)}, nil

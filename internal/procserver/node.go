@@ -34,7 +34,7 @@ type Node struct{ s *server }
 
 // New makes a Node that has nothing to do yet.
 func New(o Options) (*Node, error) {
-	if err := o.FS.MkdirAll(o.Spool); err != nil {
+	if err := vfs.MakeDir(o.FS, o.Spool); err != nil {
 		return nil, fmt.Errorf("process server: %w", err)
 	}
 	s := newServer(o.FS, o.Spool, o.Limit, dialTarget(o.Dial), o.Log)

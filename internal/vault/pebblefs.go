@@ -25,11 +25,17 @@ type indexFS struct {
 	stop *failStop
 }
 
-// failStop lets writes through until one has failed; that error is the answer to all that follow.
+// stoppedPause keeps Pebble, which tries again at once what failed in the background, from using
+// up a processor until the vault is closed.
+const stoppedPause = 20 * time.Millisecond
+
+// failStop lets writes through until one has failed; that error is the answer to all that follow, after
+// a pause.
 type failStop struct{ err atomic.Pointer[error] }
 
 func (s *failStop) do(write func() error) error {
 	if err := s.err.Load(); err != nil {
+		time.Sleep(stoppedPause)
 		return *err
 	}
 	err := write()

@@ -14,6 +14,7 @@ package vfs
 import (
 	"fmt"
 	"io"
+	"path"
 )
 
 // FS is a file system.
@@ -180,4 +181,26 @@ func ReadFile(fsys FS, name string, limit int64) ([]byte, error) {
 		return nil, fmt.Errorf("read %s: %w", name, err)
 	}
 	return b, nil
+}
+
+// MakeDir makes dir and the directories above it that are missing, so that a power cut can't
+// take them away any more.
+func MakeDir(fsys FS, dir string) error {
+	var made []string // and where dir is: whoever made that may have been ended before he synced
+	for d := dir; ; d = path.Dir(d) {
+		parent := path.Dir(d)
+		made = append(made, parent)
+		if _, err := fsys.Stat(parent); err == nil || parent == d {
+			break
+		}
+	}
+	if err := fsys.MkdirAll(dir); err != nil {
+		return err
+	}
+	for _, d := range made {
+		if err := fsys.SyncDir(d); err != nil {
+			return err
+		}
+	}
+	return nil
 }
