@@ -7,6 +7,7 @@ import (
 	"maps"
 	"path"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 
@@ -85,9 +86,17 @@ func tryIndex(fsys vfs.FS, dir string, cache *Cache, readOnly bool) (*index, err
 			BackgroundError: func(err error) { x.fail(err) },
 		},
 	}
+	// The usual scheduler has a goroutine that looks ten times a second whether more may be compacted now,
+	// and that stays when Open fails. Nothing changes what may be compacted but the ends of compactions.
+	opts.Experimental.CompactionScheduler = pebble.NewConcurrencyLimitSchedulerWithNoPeriodicGrantingForTest()
 	opts.ApplyCompressionSettings(func() pebble.DBCompressionSettings { return pebble.DBCompressionFastest })
 	if err := fsys.MkdirAll(dir); err != nil && !readOnly {
 		return nil, fmt.Errorf("make %s: %w", dir, err)
+	}
+	if !readOnly {
+		if err := dropLogs(fsys, dir); err != nil {
+			return nil, fmt.Errorf("open index %s: %w", dir, err)
+		}
 	}
 	db, err := pebble.Open(dir, opts)
 	if err != nil {
@@ -95,6 +104,19 @@ func tryIndex(fsys vfs.FS, dir string, cache *Cache, readOnly bool) (*index, err
 	}
 	x.db = db
 	return x, nil
+}
+
+// dropLogs removes the write-ahead logs that Pebble makes and that stay empty, as they are not used. If it
+// finds one it writes a table and a manifest before Open returns, and tries for ever if that fails: a
+// vault on a full disk would neither open nor be given up.
+func dropLogs(fsys vfs.FS, dir string) error {
+	names, err := fsys.List(dir)
+	for _, name := range names {
+		if err == nil && strings.HasSuffix(name, ".log") {
+			err = fsys.Remove(path.Join(dir, name))
+		}
+	}
+	return err
 }
 
 // indexLog drops what Pebble tells, and takes what it calls fatal for a broken
