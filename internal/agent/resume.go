@@ -225,6 +225,11 @@ func (r *replicator) take(c course, why Reason) error {
 		r.led.begin(c.cursor.Machine, r.protected(), c.cursor, r.position())
 		r.led.setWhole(!c.empty && len(c.whole) > 0)
 	}
+	if v, ok := r.src.(capture.Survivor); ok {
+		// What the events held that were handed over before is dirty now, or compared. Nobody needs them any more,
+		// and on a machine that rests no frame would come whose storing lets go of them.
+		v.Release(v.Position())
+	}
 	r.replaced = false
 	r.begin(why)
 	r.sync.empty = c.empty

@@ -161,8 +161,16 @@ func (w *World) recover() {
 	}
 	w.assign()
 	for _, m := range w.machines {
-		if !w.until(5*time.Minute, m.well) && w.fault == nil {
-			w.broken("%s is not well 5 minutes after the last fault: %v", m.name, m.node.Report())
+		// What is reported may be a little old, so it is asked twice.
+		if !w.until(5*time.Minute, func() bool {
+			if !m.well() {
+				return false
+			}
+			w.sleep(time.Second)
+			return w.until(time.Second, m.well)
+		}) && w.fault == nil {
+			d, _ := m.src.Dirty()
+			w.broken("%s is not well 5 minutes after the last fault: consumed %d of %d, %d dirty, %+v: %v", m.name, m.src.Consumed(), m.src.Tail(), d, m.src.Stats(), m.node.Report())
 		}
 	}
 }
