@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"path/filepath"
 	"slices"
+	"syscall"
 	"testing"
 
 	"farside/internal/vault"
@@ -47,6 +48,9 @@ func (c *cut) tags(n int) {
 
 // vault judges a master target's directory as it does itself when it starts.
 func (c *cut) vault(dir string, seen []ack) (err error) {
+	// A process that another test starts holds the vault's lock until it has become its program.
+	syscall.ForkLock.RLock()
+	defer syscall.ForkLock.RUnlock()
 	found, err := filepath.Glob(filepath.Join(dir, "vaults", "*", "MANIFEST"))
 	if err != nil || len(found) != 1 {
 		return fmt.Errorf("%d vaults: %w", len(found), errors.Join(err, errors.New("there must be one")))
