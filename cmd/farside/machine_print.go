@@ -116,6 +116,7 @@ type countersInfo struct {
 	Overflows int64 `json:"overflows"`
 	Resyncs   int64 `json:"resyncs"`
 	Missed    int64 `json:"missed"`
+	Read      int64 `json:"read_bytes"` // of the disks, for the first copy and syncs
 }
 
 type pointInfo struct {
@@ -131,7 +132,7 @@ func describeMachine(m *farsidev1.Machine) machineInfo {
 		State: lowerName(m.GetState(), "MACHINE_STATE_"), Reason: m.GetReason(),
 		Counters: countersInfo{
 			Writes: n.GetWrites(), Bytes: n.GetBytesCaptured(), Sent: n.GetBytesSent(),
-			Overflows: n.GetOverflows(), Resyncs: n.GetResyncs(), Missed: n.GetMissed(),
+			Overflows: n.GetOverflows(), Resyncs: n.GetResyncs(), Missed: n.GetMissed(), Read: n.GetBytesRead(),
 		},
 		Capture: m.GetCapture().GetDriver(), Mode: m.GetCapture().GetMode(),
 		ProcessServer: m.GetProcessServerId(), MasterTarget: m.GetMasterTargetId(),

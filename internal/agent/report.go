@@ -104,6 +104,7 @@ func fillStream(r *pb.AgentReport, s *snapshot) {
 	}
 	for _, d := range s.disks {
 		r.Disks = append(r.Disks, diskOf(&d, s))
+		r.Counters.BytesRead += d.Read
 	}
 	if s.timeline != 0 {
 		r.Built, r.Stored, r.Durable = position(s, s.built), position(s, s.stored), position(s, s.durable)
@@ -120,7 +121,7 @@ func position(s *snapshot, seq dr.Seq) *pb.Position {
 func diskOf(d *diskStatus, s *snapshot) *pb.DiskStatus {
 	out := &pb.DiskStatus{
 		DiskId: uint32(d.ID), Path: d.Path, Size: d.Size, State: "ok", LagMs: s.rpo.Milliseconds(),
-		Counters: &pb.Counters{Writes: int64(d.Writes), BytesCaptured: d.Captured},
+		Counters: &pb.Counters{Writes: int64(d.Writes), BytesCaptured: d.Captured, BytesRead: d.Read},
 	}
 	if s.phase == Syncing {
 		out.State, out.DirtyBytes = "syncing", d.Total-d.Done

@@ -1,6 +1,10 @@
 package e2e
 
 import (
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
 	"testing"
 	"time"
 
@@ -73,14 +77,35 @@ func TestRestartStaysExact(t *testing.T) {
 // TestRestartWithASmallRing: the ring overflows while no agent runs. What it marked is
 // read again, and nothing else.
 func TestRestartWithASmallRing(t *testing.T) {
-	burn(t, labOptions{size: fireDisk, pin: true, ring: "1MiB"}, func(f *fire) {
-		f.kill("agent", func() { time.Sleep(3 * time.Second) })
+	// Smaller, and the load would overflow it also while an agent runs, on a fast machine.
+	burn(t, labOptions{size: fireDisk, pin: true, ring: "16MiB"}, func(f *fire) {
+		before := written(t, f.loop.Device)
+		f.kill("agent", func() {
+			for began := time.Now(); time.Since(began) < 3*time.Second || written(t, f.loop.Device)-before < 32<<20; time.Sleep(100 * time.Millisecond) {
+				if time.Since(began) > 30*time.Second {
+					t.Fatal("the load is too slow to overflow the ring")
+				}
+			}
+		})
 		m := f.exact(time.Minute)
-		// The counters are those of the new agent.
-		if sent := m.GetCounters().GetBytesSent(); sent == 0 || sent > fireDisk/2 {
-			t.Errorf("%d bytes were sent again, of a disk of %d", sent, fireDisk)
-		} else {
-			t.Logf("%d bytes were sent again, of a disk of %d", sent, fireDisk)
+		again := m.GetCounters().GetBytesRead() // by the new agent
+		t.Logf("%d bytes were read again, of a disk of %d", again, fireDisk)
+		if again == 0 || again > fireDisk/2 {
+			t.Errorf("%d bytes were read again, of a disk of %d", again, fireDisk)
 		}
 	}, "overflow")
+}
+
+// written returns how many bytes a block device was written since it is there.
+func written(t *testing.T, device string) int64 {
+	t.Helper()
+	text, err := os.ReadFile("/sys/block/" + filepath.Base(device) + "/stat")
+	if err != nil {
+		t.Fatal(err)
+	}
+	sectors, err := strconv.ParseInt(strings.Fields(string(text))[6], 10, 64)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return sectors * 512
 }

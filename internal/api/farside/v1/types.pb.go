@@ -1430,7 +1430,8 @@ type Counters struct {
 	BytesSent     int64                  `protobuf:"varint,5,opt,name=bytes_sent,json=bytesSent,proto3" json:"bytes_sent,omitempty"` // of frames, as sent
 	Overflows     int64                  `protobuf:"varint,6,opt,name=overflows,proto3" json:"overflows,omitempty"`                  // exact to marking
 	Resyncs       int64                  `protobuf:"varint,7,opt,name=resyncs,proto3" json:"resyncs,omitempty"`
-	Missed        int64                  `protobuf:"varint,8,opt,name=missed,proto3" json:"missed,omitempty"` // hook events that the kernel dropped
+	Missed        int64                  `protobuf:"varint,8,opt,name=missed,proto3" json:"missed,omitempty"`                        // hook events that the kernel dropped
+	BytesRead     int64                  `protobuf:"varint,9,opt,name=bytes_read,json=bytesRead,proto3" json:"bytes_read,omitempty"` // of the disks, because the far side lacked them or might have: first copy and syncs
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1517,6 +1518,13 @@ func (x *Counters) GetResyncs() int64 {
 func (x *Counters) GetMissed() int64 {
 	if x != nil {
 		return x.Missed
+	}
+	return 0
+}
+
+func (x *Counters) GetBytesRead() int64 {
+	if x != nil {
+		return x.BytesRead
 	}
 	return 0
 }
@@ -1767,7 +1775,7 @@ const file_farside_v1_types_proto_rawDesc = "" +
 	"\vdirty_bytes\x18\x06 \x01(\x03R\n" +
 	"dirtyBytes\x12\x15\n" +
 	"\x06lag_ms\x18\a \x01(\x03R\x05lagMs\x120\n" +
-	"\bcounters\x18\b \x01(\v2\x14.farside.v1.CountersR\bcounters\"\xf3\x01\n" +
+	"\bcounters\x18\b \x01(\v2\x14.farside.v1.CountersR\bcounters\"\x92\x02\n" +
 	"\bCounters\x12\x16\n" +
 	"\x06writes\x18\x01 \x01(\x03R\x06writes\x12%\n" +
 	"\x0ebytes_captured\x18\x02 \x01(\x03R\rbytesCaptured\x12\x18\n" +
@@ -1778,7 +1786,9 @@ const file_farside_v1_types_proto_rawDesc = "" +
 	"bytes_sent\x18\x05 \x01(\x03R\tbytesSent\x12\x1c\n" +
 	"\toverflows\x18\x06 \x01(\x03R\toverflows\x12\x18\n" +
 	"\aresyncs\x18\a \x01(\x03R\aresyncs\x12\x16\n" +
-	"\x06missed\x18\b \x01(\x03R\x06missed\"\xef\x01\n" +
+	"\x06missed\x18\b \x01(\x03R\x06missed\x12\x1d\n" +
+	"\n" +
+	"bytes_read\x18\t \x01(\x03R\tbytesRead\"\xef\x01\n" +
 	"\bHostInfo\x12\x1a\n" +
 	"\bhostname\x18\x01 \x01(\tR\bhostname\x12\x0e\n" +
 	"\x02os\x18\x02 \x01(\tR\x02os\x12\x12\n" +
