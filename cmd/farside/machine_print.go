@@ -13,33 +13,34 @@ import (
 
 // machineInfo is a machine as --json prints it.
 type machineInfo struct {
-	ID            string        `json:"id"`
-	Name          string        `json:"name"`
-	Node          string        `json:"node"`
-	State         string        `json:"state"`
-	Reason        string        `json:"reason,omitempty"`
-	RPO           *rpoInfo      `json:"rpo_ms,omitempty"`
-	Disks         []diskInfo    `json:"disks"`
-	Discovered    []discovered  `json:"discovered,omitempty"`
-	Progress      *progressInfo `json:"progress,omitempty"`
-	Counters      countersInfo  `json:"counters"`
-	Capture       string        `json:"capture,omitempty"` // driver
-	Mode          string        `json:"mode,omitempty"`    // of the driver
-	ProcessServer string        `json:"process_server,omitempty"`
-	MasterTarget  string        `json:"master_target,omitempty"`
-	Newest        *pointInfo    `json:"newest,omitempty"`
-	Head          *dr.Position  `json:"head,omitempty"`
-	HeadTime      *time.Time    `json:"head_time,omitempty"`
-	Horizon       *dr.Position  `json:"horizon,omitempty"`
-	HorizonTime   *time.Time    `json:"horizon_time,omitempty"`
-	History       int64         `json:"history_s,omitempty"`
-	Points        *scheduleInfo `json:"points,omitempty"`
-	Used          int64         `json:"used_bytes"`
-	Backlog       int64         `json:"backlog_bytes"`
-	Stream        *streamInfo   `json:"stream,omitempty"` // at the process server
-	LastSeen      time.Time     `json:"last_seen"`
-	Warnings      []notice      `json:"warnings,omitempty"`
-	Events        []notice      `json:"events,omitempty"`
+	ID            string          `json:"id"`
+	Name          string          `json:"name"`
+	Node          string          `json:"node"`
+	State         string          `json:"state"`
+	Reason        string          `json:"reason,omitempty"`
+	RPO           *rpoInfo        `json:"rpo_ms,omitempty"`
+	Disks         []diskInfo      `json:"disks"`
+	Discovered    []discovered    `json:"discovered,omitempty"`
+	Progress      *progressInfo   `json:"progress,omitempty"`
+	Background    *backgroundInfo `json:"background_compare,omitempty"`
+	Counters      countersInfo    `json:"counters"`
+	Capture       string          `json:"capture,omitempty"` // driver
+	Mode          string          `json:"mode,omitempty"`    // of the driver
+	ProcessServer string          `json:"process_server,omitempty"`
+	MasterTarget  string          `json:"master_target,omitempty"`
+	Newest        *pointInfo      `json:"newest,omitempty"`
+	Head          *dr.Position    `json:"head,omitempty"`
+	HeadTime      *time.Time      `json:"head_time,omitempty"`
+	Horizon       *dr.Position    `json:"horizon,omitempty"`
+	HorizonTime   *time.Time      `json:"horizon_time,omitempty"`
+	History       int64           `json:"history_s,omitempty"`
+	Points        *scheduleInfo   `json:"points,omitempty"`
+	Used          int64           `json:"used_bytes"`
+	Backlog       int64           `json:"backlog_bytes"`
+	Stream        *streamInfo     `json:"stream,omitempty"` // at the process server
+	LastSeen      time.Time       `json:"last_seen"`
+	Warnings      []notice        `json:"warnings,omitempty"`
+	Events        []notice        `json:"events,omitempty"`
 }
 
 // scheduleInfo says how often points are made, in milliseconds; 0 = never, and for the limit the default.
@@ -154,6 +155,7 @@ func describeMachine(m *farsidev1.Machine) machineInfo {
 	if p := m.GetSettings().GetPoints(); p != nil {
 		info.Points = &scheduleInfo{p.GetFilesystemEveryMs(), p.GetApplicationEveryMs(), p.GetFreezeLimitMs()}
 	}
+	info.Background = describeBackground(m.GetBackground())
 	if p := m.GetProgress(); p != nil {
 		info.Progress = &progressInfo{Done: p.GetBytesDone(), Total: p.GetBytesTotal(), Started: utc(p.GetStartedNs()), Reason: p.GetReason()}
 	}
@@ -260,6 +262,9 @@ func (m *machineInfo) human(w io.Writer) {
 		row("newest point\t%s", m.newestText())
 		if m.Horizon != nil && m.HorizonTime != nil {
 			row("oldest point\t%v at %s", *m.Horizon, m.HorizonTime.Format(time.RFC3339Nano))
+		}
+		if b := m.Background; b != nil {
+			row("compared\t%s", b.human())
 		}
 		row("captured\t%d writes, %s, by %s %s", m.Counters.Writes, size(m.Counters.Bytes), m.Capture, m.Mode)
 		if m.Points != nil {

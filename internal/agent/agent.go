@@ -50,6 +50,8 @@ type agent struct {
 	limit  func(memory int64) // holds the process to its memory; nil if it is not the agent's alone
 	// compareRate bounds what comparisons read, in bytes a second; 0 sets no bound.
 	compareRate int64
+	// background compares while the stream is exact; nil: nothing does.
+	background *background
 	// skipFree are the kinds of file systems whose free blocks are not read.
 	skipFree  []fsmap.Kind
 	freeTaker *fsmap.Taker // outlives the streams, as what it asks may
@@ -275,7 +277,7 @@ func (a *agent) replicate(ctx context.Context, w *work, first Reason) (err error
 	s := newStream(o.src, streamConfig{
 		machine: w.machine, timeline: w.timeline, first: first, used: o.used, tune: tune,
 		dial: a.dial, log: a.log, notices: &a.notices, news: a.news, still: a.still, schedule: &a.points,
-		compareRate: a.compareRate, absent: absent, hold: hold, torn: a.devices.torn(), tornKnown: a.setTorn,
+		compareRate: a.compareRate, background: a.background, absent: absent, hold: hold, torn: a.devices.torn(), tornKnown: a.setTorn,
 		boot: a.boot, skipFree: a.skipFree, freeTaker: a.freeTaker, driver: o.driver,
 	})
 	a.mu.stream, a.mu.driver, a.mu.err, a.devices.running = s, o.driver, nil, true

@@ -62,9 +62,15 @@ type CompareConfig struct {
 	// SkipFree names kinds of file systems, ext4 and xfs, whose free blocks are neither compared
 	// nor read for the initial replication. Default: none; docs/used-blocks.md says what is given up.
 	SkipFree []string `yaml:"skip_free"`
+	// Every is how long a pass of the background comparison over all disks takes, more or less; at least
+	// 256 KiB are read a second. 0 means that there is none. Default: a week.
+	Every time.Duration `yaml:"every"`
 }
 
 func (c *CompareConfig) check() error {
+	if c.Every < 0 {
+		return fmt.Errorf("compare.every of %v: give a duration such as 168h, or 0 for none: %w", c.Every, dr.ErrInvalid)
+	}
 	for i, s := range c.SkipFree {
 		if _, err := fsmap.ParseKind(s); err != nil {
 			return fmt.Errorf("compare.skip_free[%d]: %w", i, err)
@@ -133,6 +139,7 @@ type TapDisk struct {
 const (
 	minMemory     = 32 << 20
 	defaultMemory = 64 << 20
+	defaultEvery  = 7 * 24 * time.Hour // of a pass of the background comparison
 
 	maxHooksTimeout = 10 * time.Minute
 )
@@ -144,7 +151,7 @@ func LoadConfig(path string) (Config, error) { return rolefile.Load(path, ParseC
 // ParseConfig reads a configuration and fills the defaults in. Errors wrap
 // dr.ErrInvalid.
 func ParseConfig(b []byte) (Config, error) {
-	c := Config{Memory: defaultMemory, Capture: CaptureConfig{Driver: driverAuto}, Points: PointsConfig{
+	c := Config{Memory: defaultMemory, Compare: CompareConfig{Every: defaultEvery}, Capture: CaptureConfig{Driver: driverAuto}, Points: PointsConfig{
 		Hooks: "/etc/farside", Run: "/run/farside/points", HookTimeout: 20 * time.Second, HooksTimeout: time.Minute,
 	}}
 	if err := rolefile.Decode(b, &c); err != nil {

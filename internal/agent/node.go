@@ -20,7 +20,9 @@ type Options struct {
 	Memory int64 // bytes that its replication may hold
 	// CompareRate bounds what comparisons read, in bytes per second; 0 sets no bound.
 	CompareRate int64
-	Log         *slog.Logger
+	// CompareEvery is how long a pass of the background comparison takes; 0: there is none.
+	CompareEvery time.Duration
+	Log          *slog.Logger
 }
 
 // Node is an agent without its surroundings: no devices, no file systems to freeze, and where assignments come
@@ -38,7 +40,7 @@ func New(o Options) *Node {
 	}
 	a := newAgent(open, o.Dial, o.Memory, o.Log)
 	a.scan = func() blockdev.Machine { return blockdev.Machine{} } // a machine that does not tell
-	a.compareRate = o.CompareRate
+	a.compareRate, a.background = o.CompareRate, &background{every: o.CompareEvery}
 	return &Node{a}
 }
 

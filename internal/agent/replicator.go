@@ -92,6 +92,7 @@ type replicator struct {
 	careless bool
 
 	compare comparing
+	vigil   vigil
 }
 
 // cutter is what is known of the frame under construction.
@@ -236,6 +237,7 @@ func (r *replicator) event(e capture.Event) error {
 	d.Writes++
 	d.Captured += e.Extent.Length
 	r.note(d, e.Extent)
+	r.vigil.note(e.Extent)
 	what, data := e.What, e.Data
 	if what == dr.Data && allZero(data) {
 		what, data = dr.Zero, nil

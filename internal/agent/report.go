@@ -74,6 +74,7 @@ func (a *agent) report(now time.Time) *pb.AgentReport {
 		Driver: driver, Mode: snap.source.Mode.String(), RingBytes: snap.source.RingSize, RingUsed: snap.source.RingUsed,
 	}
 	r.Tags = tagResults(p, &snap, a.now())
+	r.Background = a.background.report(snap.disks)
 	return r
 }
 

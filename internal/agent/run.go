@@ -56,6 +56,7 @@ func Run(ctx context.Context, c Config, log *slog.Logger) (err error) {
 	a.compareRate, a.skipFree, a.freeTaker = int64(c.Compare.Rate), c.Compare.kinds(), fsmap.NewTaker()
 	a.news, a.now, a.boot = client.ReportSoon, client.ServerTime, boot
 	r := &reporter{agent: a, machine: machine, root: os.DirFS("/"), want: wantedOf(c), more: d.offered}
+	a.background = newBackground(c.Compare.Every, client, log)
 	a.release = d.release
 	a.limit = limitGo
 	a.recall(newRecord(client, control.Host().GetBootId(), log, func(path string) (uint64, bool) {

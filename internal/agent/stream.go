@@ -44,8 +44,10 @@ type stream struct {
 	news     func()     // called when something happened that people wait for
 	comparer *comparer
 	rate     int64 // of comparisons, bytes a second; 0: no bound
-	points   *pointMaker
-	barriers barriers
+	// background compares while the stream is exact; nil: nothing does.
+	background *background
+	points     *pointMaker
+	barriers   barriers
 	// tornKnown is told which disks' copies are no states that they were in, when that changes; may be nil.
 	tornKnown func(map[dr.DiskID]bool)
 	torn      map[dr.DiskID]bool // what it was told last
@@ -65,6 +67,7 @@ type stream struct {
 		connected   string
 		linkErr     error
 		far         *link.Caller // of the newest link; nil before the first
+		chores      []chore      // that the replicator is asked to do
 		distrust    Reason       // why everything is to be compared as soon as can be; "" = it is not
 		leaving     *departure   // how the stream is to end; nil: it is not
 	}
@@ -78,6 +81,7 @@ type streamConfig struct {
 	used     bool // events of the source were taken over before
 
 	compareRate int64 // bytes a second that comparisons read; 0: no bound
+	background  *background
 	skipFree    []fsmap.Kind
 	freeTaker   *fsmap.Taker
 	driver      string // of the source
@@ -107,7 +111,7 @@ func newStream(src capture.Source, c streamConfig) *stream {
 	c.tune.resumeBelow = max(c.tune.resumeBelow, src.Stats().RingSize/4)
 	s.rep = newReplicator(src, s.out, c.tune)
 	s.rep.stats.consumed = c.used
-	s.comparer, s.rate = newComparer(src), c.compareRate
+	s.comparer, s.rate, s.background = newComparer(src), c.compareRate, c.background
 	s.comparer.spare = newSparing(c.skipFree, c.freeTaker, c.driver, s.note)
 	s.rep.compare = s.comparer
 	s.rep.absent, s.rep.hold, s.tornKnown = c.absent, c.hold, c.tornKnown
@@ -129,7 +133,7 @@ func (s *stream) run(ctx context.Context) error {
 	defer cancel(nil)
 	var wg sync.WaitGroup
 	for _, part := range []func(context.Context) error{
-		s.replicate, s.keepLink, s.keepComparing, s.points.run, s.barriers.run, s.account,
+		s.replicate, s.keepLink, s.keepComparing, s.patrolling, s.points.run, s.barriers.run, s.account,
 	} {
 		wg.Go(func() { cancel(part(ctx)) })
 	}
@@ -151,6 +155,9 @@ func (s *stream) replicate(ctx context.Context) error {
 		changed := s.out.watch()
 		s.passTags()
 		if err := s.passDistrust(); err != nil {
+			return err
+		}
+		if err := s.passChores(); err != nil {
 			return err
 		}
 		now := time.Now()
@@ -378,16 +385,18 @@ func (s *stream) send(ctx context.Context, node, addr string) error {
 
 // keepComparing runs the comparisons that the replicator begins.
 func (s *stream) keepComparing(ctx context.Context) error {
-	ask := func(ctx context.Context, body []byte) ([]byte, error) {
-		s.mu.Lock()
-		far := s.mu.far
-		s.mu.Unlock()
-		if far == nil {
-			return nil, fmt.Errorf("no process server is connected: %w", dr.ErrUnavailable)
-		}
-		return far.Call(ctx, link.CallCompare, body)
+	return s.comparer.run(ctx, s.askFar, s.busy, s.rate)
+}
+
+// askFar asks the far side what differs.
+func (s *stream) askFar(ctx context.Context, body []byte) ([]byte, error) {
+	s.mu.Lock()
+	far := s.mu.far
+	s.mu.Unlock()
+	if far == nil {
+		return nil, fmt.Errorf("no process server is connected: %w", dr.ErrUnavailable)
 	}
-	return s.comparer.run(ctx, ask, s.busy, s.rate)
+	return far.Call(ctx, link.CallCompare, body)
 }
 
 // busy reports whether captured writes need what comparing would take from them.

@@ -56,7 +56,7 @@ func describe(f facts) *farsidev1.Machine {
 		}
 		out.Host, out.LastSeenNs = f.agent.GetHost(), f.agent.received.UnixNano()
 		out.Discovered, out.Progress, out.Counters = agent.GetDiscovered(), agent.GetProgress(), agent.GetCounters()
-		out.Capture, out.Events = agent.GetCapture(), agent.GetEvents()
+		out.Capture, out.Events, out.Background = agent.GetCapture(), agent.GetEvents(), agent.GetBackground()
 	}
 	out.State, out.Reason = f.state(agent)
 	out.Rpo, out.RpoFromAgent = f.rpo(agent)

@@ -94,6 +94,7 @@ func NewHistory(seed uint64, steps int) History {
 			}
 		}
 	}
+	h.Config.CompareEvery = []time.Duration{0, 2 * time.Second}[rng.IntN(2)]
 	return h
 }
 

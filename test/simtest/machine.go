@@ -30,6 +30,7 @@ type machine struct {
 	end  context.CancelFunc
 	done chan struct{}
 
+	sneaked bool // something was written behind the capture's back
 	flying  []*flying
 	tags    []*wantedTag
 	durable dr.Position // highest that the agent was told is durable
@@ -41,6 +42,7 @@ type flying struct {
 	write  *capturetest.MemWrite
 	extent dr.Extent
 	before []uint64 // stamps of the sectors
+	since  time.Time
 }
 
 // wantedTag is a tag that was asked for.
@@ -55,6 +57,9 @@ type judgement struct {
 	at dr.Position
 	is interval
 }
+
+// slowest is how long a write takes at most.
+const slowest = 2 * time.Second
 
 // memoryOfCapture is what a capture keeps for the agent, in bytes.
 const memoryOfCapture = 6 << 20
@@ -109,7 +114,7 @@ func (m *machine) start() {
 		Dial: func(ctx context.Context, _, addr string) (net.Conn, error) {
 			return m.w.net.dial(ctx, m.name, m.peer, addr)
 		},
-		Memory: m.w.conf.Memory, Log: m.w.conf.Log.With("role", m.name),
+		Memory: m.w.conf.Memory, CompareEvery: m.w.conf.CompareEvery, Log: m.w.conf.Log.With("role", m.name),
 	})
 	ctx, end := context.WithCancel(context.Background())
 	m.end, m.done = end, make(chan struct{})
@@ -164,7 +169,7 @@ func (m *machine) write(x dr.Extent, what dr.What, after time.Duration) {
 			return
 		}
 	}
-	f := &flying{extent: x, before: m.oracle.stamps(x)}
+	f := &flying{extent: x, before: m.oracle.stamps(x), since: time.Now()}
 	stamp := m.oracle.next()
 	m.oracle.record(x, what != dr.Data)
 	switch what {
@@ -195,6 +200,15 @@ func (m *machine) landSome(n int) {
 	}
 }
 
+// landLate lets those land that have been on their way for as long as a device may take.
+func (m *machine) landLate() {
+	for _, f := range slices.Clone(m.flying) {
+		if time.Since(f.since) > slowest {
+			m.land(f)
+		}
+	}
+}
+
 func (m *machine) landAll() {
 	for _, f := range slices.Clone(m.flying) {
 		m.land(f)
@@ -220,6 +234,9 @@ func (m *machine) observe() {
 	if d := positionOf(r.GetDurable()); d.Seq > m.durable.Seq {
 		m.durable = d
 	}
+	if n := r.GetBackground().GetFound() + r.GetBackground().GetLastFound(); n > 0 && !m.sneaked {
+		m.w.broken("%s: the background comparison found %d blocks, but nobody wrote behind the capture's back: %v", m.name, n, r.GetEvents())
+	}
 	for _, t := range r.GetTags() {
 		for _, want := range m.tags {
 			if want.req.GetId() == t.GetId() && t.GetPosition() != nil {
@@ -227,6 +244,15 @@ func (m *machine) observe() {
 			}
 		}
 	}
+}
+
+// sneak writes behind the capture's back: only the background comparison can find that.
+func (m *machine) sneak(pick func(int) int) {
+	d := m.disks[pick(len(m.disks))]
+	x := dr.Extent{Disk: d.ID, Offset: int64(pick(int(d.Size/dr.SectorSize))) * dr.SectorSize, Length: dr.SectorSize}
+	m.kernel.Sneak(x.Disk, x.Offset, pattern(m.oracle.next(), x.Length))
+	m.oracle.record(x, false)
+	m.sneaked = true
 }
 
 // head holds what the master target has against what it had said is durable.

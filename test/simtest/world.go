@@ -21,6 +21,7 @@ type Config struct {
 	SpoolLimit      int64 // bytes of each spool
 	SegmentSize     int64 // bytes of the vaults' segments
 	History         time.Duration
+	CompareEvery    time.Duration // that a pass of the background comparison takes; 0: there is none
 	Codec           pb.Codec
 	Log             *slog.Logger // nil: none
 }
@@ -127,6 +128,9 @@ func (w *World) sleep(d time.Duration) {
 		part := min(d, 200*time.Millisecond)
 		time.Sleep(part)
 		d -= part
+		for _, m := range w.machines {
+			m.landLate()
+		}
 		w.observe()
 	}
 }
@@ -196,6 +200,28 @@ func (w *World) judge(pick func(n int) int) {
 		for range 4 {
 			w.lookSomewhere(m, pick)
 		}
+		if w.conf.CompareEvery > 0 && pick(4) == 0 {
+			w.sneak(m, pick)
+		}
+	}
+}
+
+// sneak writes behind the capture's back of a machine at rest, and checks that this is found and repaired.
+func (w *World) sneak(m *machine, pick func(n int) int) {
+	m.sneak(pick)
+	if !w.until(time.Minute, func() bool {
+		b := m.node.Report().GetBackground()
+		return b.GetFound()+b.GetLastFound() > 0
+	}) {
+		w.broken("%s: the background comparison does not find what was written behind the capture's back: %v", m.name, m.node.Report())
+		return
+	}
+	w.recover()
+	if w.fault != nil {
+		return
+	}
+	if v, at, err := w.look(m, nil); err != nil || v.last != m.oracle.writes {
+		w.broken("%s: what was written behind the capture's back is not in %v: as after write %d of %d, %v", m.name, at, v.last, m.oracle.writes, err)
 	}
 }
 

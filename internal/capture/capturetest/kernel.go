@@ -244,6 +244,14 @@ func (k *Kernel) SetImage(disk dr.DiskID, image []byte) {
 	copy(k.mu.image[k.index(disk)], image)
 }
 
+// Sneak changes what is on a disk without anybody noticing, as a program does that changes the buffer
+// of a direct write while it is written.
+func (k *Kernel) Sneak(disk dr.DiskID, off int64, data []byte) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	copy(k.mu.image[k.index(disk)][off:], data)
+}
+
 // settledLocked reports whether nothing is in flight that a Resume of c waits for.
 func (k *Kernel) settledLocked(c *memCapture) bool {
 	for w := range k.mu.inflight {

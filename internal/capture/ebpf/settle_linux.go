@@ -19,6 +19,10 @@ import (
 const (
 	// neverSettled is no state.
 	neverSettled = ^uint32(0)
+	// givenUp is the state of a write that is not waited for any more. Its note stays for a while: if it completes
+	// after all, the programs find that it is of no present state, and overflow. A processor of a
+	// guest may stand still for a second anywhere, also between a write's submission and its request.
+	givenUp = ^uint32(0) - 2
 	// quietAge: a write that is this old, while the driver of its disk has no
 	// write at all, has completed unseen. (A younger one may wait for a request.)
 	quietAge = 100 * time.Millisecond
@@ -148,7 +152,7 @@ func (s *source) staleWrites(state uint32) (bool, error) {
 	stale := atomic.LoadUint64(calm) == 0
 	stale = stale || s.untracked != 0 && pending(now, s.untracked, s.giveUp, allQuiet)
 	err = flights(s.prog.flying, func(at int, f flight) error {
-		if f.State == state {
+		if f.State == state || f.State == givenUp {
 			return nil
 		}
 		if pending(now, f.Time, s.giveUp, quiet[f.Dev]) {
@@ -159,10 +163,8 @@ func (s *source) staleWrites(state uint32) (bool, error) {
 		if err := s.markFlight(f); err != nil {
 			return err
 		}
-		if quiet[f.Dev] {
-			s.forget(at, f)
-		}
-		return nil // its completion, if it comes, is too late: the programs watch for it
+		s.giveUpOn(at, f)
+		return nil
 	})
 	return stale, err
 }
@@ -212,6 +214,13 @@ func flights(mem []byte, fn func(at int, f flight) error) error {
 		}
 	}
 	return nil
+}
+
+// giveUpOn remembers that f, which is at a place of the table, is not waited for.
+func (s *source) giveUpOn(at int, f flight) {
+	table := unsafe.Slice((*flight)(unsafe.Pointer(&s.prog.flying[0])), len(s.prog.flying)/int(unsafe.Sizeof(f)))
+	// If it fails, the place is another write's: no two of one place are of the same state, as this one's is past.
+	atomic.CompareAndSwapUint32(&table[at].State, f.State, givenUp)
 }
 
 // forget drops the note of f, which is at a place of the table.
@@ -275,7 +284,8 @@ func (s *source) markFlight(f flight) error {
 	return nil
 }
 
-// sweep drops captured writes whose completion was never seen, now and then.
+// sweep drops writes whose completion was never seen, now and then: those that were captured, and those
+// that nobody waits for.
 func (s *source) sweep() {
 	now := monotonic()
 	if now-max(s.swept, s.opened) < uint64(leakAge) {
@@ -285,7 +295,8 @@ func (s *source) sweep() {
 	state := atomic.LoadUint32(s.state)
 	// An error only means that it is tried again.
 	_ = flights(s.prog.flying, func(at int, f flight) error {
-		if f.State != state || state%2 == 1 || now-min(f.Time, now) < uint64(leakAge) {
+		captured := f.State == state && state%2 == 0
+		if !captured && f.State != givenUp || now-min(f.Time, now) < uint64(leakAge) {
 			return nil
 		}
 		s.forget(at, f)

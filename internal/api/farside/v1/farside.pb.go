@@ -755,6 +755,7 @@ type Machine struct {
 	Settings             *AgentSettings         `protobuf:"bytes,26,opt,name=settings,proto3" json:"settings,omitempty"`
 	Capture              *CaptureStatus         `protobuf:"bytes,27,opt,name=capture,proto3" json:"capture,omitempty"`
 	Events               []*Notice              `protobuf:"bytes,28,rep,name=events,proto3" json:"events,omitempty"`
+	Background           *BackgroundCompare     `protobuf:"bytes,29,opt,name=background,proto3" json:"background,omitempty"`
 	unknownFields        protoimpl.UnknownFields
 	sizeCache            protoimpl.SizeCache
 }
@@ -981,6 +982,13 @@ func (x *Machine) GetCapture() *CaptureStatus {
 func (x *Machine) GetEvents() []*Notice {
 	if x != nil {
 		return x.Events
+	}
+	return nil
+}
+
+func (x *Machine) GetBackground() *BackgroundCompare {
+	if x != nil {
+		return x.Background
 	}
 	return nil
 }
@@ -2805,7 +2813,7 @@ const file_farside_v1_farside_proto_rawDesc = "" +
 	"\x06lag_ms\x18\a \x01(\x03R\x05lagMs\x12\x1f\n" +
 	"\vdirty_bytes\x18\b \x01(\x03R\n" +
 	"dirtyBytes\x120\n" +
-	"\bcounters\x18\t \x01(\v2\x14.farside.v1.CountersR\bcounters\"\x82\t\n" +
+	"\bcounters\x18\t \x01(\v2\x14.farside.v1.CountersR\bcounters\"\xc1\t\n" +
 	"\aMachine\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x17\n" +
@@ -2840,7 +2848,10 @@ const file_farside_v1_farside_proto_rawDesc = "" +
 	"lastSeenNs\x125\n" +
 	"\bsettings\x18\x1a \x01(\v2\x19.farside.v1.AgentSettingsR\bsettings\x123\n" +
 	"\acapture\x18\x1b \x01(\v2\x19.farside.v1.CaptureStatusR\acapture\x12*\n" +
-	"\x06events\x18\x1c \x03(\v2\x12.farside.v1.NoticeR\x06events\"Q\n" +
+	"\x06events\x18\x1c \x03(\v2\x12.farside.v1.NoticeR\x06events\x12=\n" +
+	"\n" +
+	"background\x18\x1d \x01(\v2\x1d.farside.v1.BackgroundCompareR\n" +
+	"background\"Q\n" +
 	"\x13ListMachinesRequest\x12\x1b\n" +
 	"\tpage_size\x18\x01 \x01(\x05R\bpageSize\x12\x1d\n" +
 	"\n" +
@@ -3069,15 +3080,16 @@ var file_farside_v1_farside_proto_goTypes = []any{
 	(*StreamStatus)(nil),                   // 51: farside.v1.StreamStatus
 	(*AgentSettings)(nil),                  // 52: farside.v1.AgentSettings
 	(*CaptureStatus)(nil),                  // 53: farside.v1.CaptureStatus
-	(*PointSchedule)(nil),                  // 54: farside.v1.PointSchedule
-	(*Span)(nil),                           // 55: farside.v1.Span
-	(*TagPoint)(nil),                       // 56: farside.v1.TagPoint
-	(Consistency)(0),                       // 57: farside.v1.Consistency
-	(*Selector)(nil),                       // 58: farside.v1.Selector
-	(*ViewStatus)(nil),                     // 59: farside.v1.ViewStatus
-	(*Group)(nil),                          // 60: farside.v1.Group
-	(*GroupTagResult)(nil),                 // 61: farside.v1.GroupTagResult
-	(*GroupPoint)(nil),                     // 62: farside.v1.GroupPoint
+	(*BackgroundCompare)(nil),              // 54: farside.v1.BackgroundCompare
+	(*PointSchedule)(nil),                  // 55: farside.v1.PointSchedule
+	(*Span)(nil),                           // 56: farside.v1.Span
+	(*TagPoint)(nil),                       // 57: farside.v1.TagPoint
+	(Consistency)(0),                       // 58: farside.v1.Consistency
+	(*Selector)(nil),                       // 59: farside.v1.Selector
+	(*ViewStatus)(nil),                     // 60: farside.v1.ViewStatus
+	(*Group)(nil),                          // 61: farside.v1.Group
+	(*GroupTagResult)(nil),                 // 62: farside.v1.GroupTagResult
+	(*GroupPoint)(nil),                     // 63: farside.v1.GroupPoint
 }
 var file_farside_v1_farside_proto_depIdxs = []int32{
 	41, // 0: farside.v1.CreateTokenRequest.role:type_name -> farside.v1.Role
@@ -3104,71 +3116,72 @@ var file_farside_v1_farside_proto_depIdxs = []int32{
 	52, // 21: farside.v1.Machine.settings:type_name -> farside.v1.AgentSettings
 	53, // 22: farside.v1.Machine.capture:type_name -> farside.v1.CaptureStatus
 	43, // 23: farside.v1.Machine.events:type_name -> farside.v1.Notice
-	9,  // 24: farside.v1.ListMachinesResponse.machines:type_name -> farside.v1.Machine
-	9,  // 25: farside.v1.GetMachineResponse.machine:type_name -> farside.v1.Machine
-	52, // 26: farside.v1.ProtectMachineRequest.settings:type_name -> farside.v1.AgentSettings
-	54, // 27: farside.v1.ProtectMachineRequest.points:type_name -> farside.v1.PointSchedule
-	9,  // 28: farside.v1.ProtectMachineResponse.machine:type_name -> farside.v1.Machine
-	9,  // 29: farside.v1.UnprotectMachineResponse.machine:type_name -> farside.v1.Machine
-	55, // 30: farside.v1.ListPointsResponse.spans:type_name -> farside.v1.Span
-	56, // 31: farside.v1.ListPointsResponse.tags:type_name -> farside.v1.TagPoint
-	49, // 32: farside.v1.ListPointsResponse.horizon:type_name -> farside.v1.Position
-	50, // 33: farside.v1.ListPointsResponse.newest:type_name -> farside.v1.Point
-	57, // 34: farside.v1.TagPointRequest.consistency:type_name -> farside.v1.Consistency
-	56, // 35: farside.v1.TagPointResponse.tag:type_name -> farside.v1.TagPoint
-	58, // 36: farside.v1.OpenViewRequest.selector:type_name -> farside.v1.Selector
-	58, // 37: farside.v1.View.selector:type_name -> farside.v1.Selector
-	59, // 38: farside.v1.View.status:type_name -> farside.v1.ViewStatus
-	23, // 39: farside.v1.OpenViewResponse.view:type_name -> farside.v1.View
-	23, // 40: farside.v1.CloseViewResponse.view:type_name -> farside.v1.View
-	23, // 41: farside.v1.ListViewsResponse.views:type_name -> farside.v1.View
-	57, // 42: farside.v1.SetGroupRequest.consistency:type_name -> farside.v1.Consistency
-	60, // 43: farside.v1.SetGroupResponse.group:type_name -> farside.v1.Group
-	60, // 44: farside.v1.ListGroupsResponse.groups:type_name -> farside.v1.Group
-	57, // 45: farside.v1.TagGroupRequest.consistency:type_name -> farside.v1.Consistency
-	61, // 46: farside.v1.TagGroupResponse.tag:type_name -> farside.v1.GroupTagResult
-	62, // 47: farside.v1.ListGroupPointsResponse.points:type_name -> farside.v1.GroupPoint
-	1,  // 48: farside.v1.FarsideService.GetServer:input_type -> farside.v1.GetServerRequest
-	3,  // 49: farside.v1.FarsideService.CreateToken:input_type -> farside.v1.CreateTokenRequest
-	6,  // 50: farside.v1.FarsideService.ListNodes:input_type -> farside.v1.ListNodesRequest
-	10, // 51: farside.v1.FarsideService.ListMachines:input_type -> farside.v1.ListMachinesRequest
-	12, // 52: farside.v1.FarsideService.GetMachine:input_type -> farside.v1.GetMachineRequest
-	14, // 53: farside.v1.FarsideService.ProtectMachine:input_type -> farside.v1.ProtectMachineRequest
-	16, // 54: farside.v1.FarsideService.UnprotectMachine:input_type -> farside.v1.UnprotectMachineRequest
-	18, // 55: farside.v1.FarsideService.ListPoints:input_type -> farside.v1.ListPointsRequest
-	20, // 56: farside.v1.FarsideService.TagPoint:input_type -> farside.v1.TagPointRequest
-	31, // 57: farside.v1.FarsideService.SetGroup:input_type -> farside.v1.SetGroupRequest
-	33, // 58: farside.v1.FarsideService.DeleteGroup:input_type -> farside.v1.DeleteGroupRequest
-	35, // 59: farside.v1.FarsideService.ListGroups:input_type -> farside.v1.ListGroupsRequest
-	37, // 60: farside.v1.FarsideService.TagGroup:input_type -> farside.v1.TagGroupRequest
-	39, // 61: farside.v1.FarsideService.ListGroupPoints:input_type -> farside.v1.ListGroupPointsRequest
-	22, // 62: farside.v1.FarsideService.OpenView:input_type -> farside.v1.OpenViewRequest
-	25, // 63: farside.v1.FarsideService.CloseView:input_type -> farside.v1.CloseViewRequest
-	27, // 64: farside.v1.FarsideService.ListViews:input_type -> farside.v1.ListViewsRequest
-	29, // 65: farside.v1.FarsideService.IssueClientCertificate:input_type -> farside.v1.IssueClientCertificateRequest
-	2,  // 66: farside.v1.FarsideService.GetServer:output_type -> farside.v1.GetServerResponse
-	4,  // 67: farside.v1.FarsideService.CreateToken:output_type -> farside.v1.CreateTokenResponse
-	7,  // 68: farside.v1.FarsideService.ListNodes:output_type -> farside.v1.ListNodesResponse
-	11, // 69: farside.v1.FarsideService.ListMachines:output_type -> farside.v1.ListMachinesResponse
-	13, // 70: farside.v1.FarsideService.GetMachine:output_type -> farside.v1.GetMachineResponse
-	15, // 71: farside.v1.FarsideService.ProtectMachine:output_type -> farside.v1.ProtectMachineResponse
-	17, // 72: farside.v1.FarsideService.UnprotectMachine:output_type -> farside.v1.UnprotectMachineResponse
-	19, // 73: farside.v1.FarsideService.ListPoints:output_type -> farside.v1.ListPointsResponse
-	21, // 74: farside.v1.FarsideService.TagPoint:output_type -> farside.v1.TagPointResponse
-	32, // 75: farside.v1.FarsideService.SetGroup:output_type -> farside.v1.SetGroupResponse
-	34, // 76: farside.v1.FarsideService.DeleteGroup:output_type -> farside.v1.DeleteGroupResponse
-	36, // 77: farside.v1.FarsideService.ListGroups:output_type -> farside.v1.ListGroupsResponse
-	38, // 78: farside.v1.FarsideService.TagGroup:output_type -> farside.v1.TagGroupResponse
-	40, // 79: farside.v1.FarsideService.ListGroupPoints:output_type -> farside.v1.ListGroupPointsResponse
-	24, // 80: farside.v1.FarsideService.OpenView:output_type -> farside.v1.OpenViewResponse
-	26, // 81: farside.v1.FarsideService.CloseView:output_type -> farside.v1.CloseViewResponse
-	28, // 82: farside.v1.FarsideService.ListViews:output_type -> farside.v1.ListViewsResponse
-	30, // 83: farside.v1.FarsideService.IssueClientCertificate:output_type -> farside.v1.IssueClientCertificateResponse
-	66, // [66:84] is the sub-list for method output_type
-	48, // [48:66] is the sub-list for method input_type
-	48, // [48:48] is the sub-list for extension type_name
-	48, // [48:48] is the sub-list for extension extendee
-	0,  // [0:48] is the sub-list for field type_name
+	54, // 24: farside.v1.Machine.background:type_name -> farside.v1.BackgroundCompare
+	9,  // 25: farside.v1.ListMachinesResponse.machines:type_name -> farside.v1.Machine
+	9,  // 26: farside.v1.GetMachineResponse.machine:type_name -> farside.v1.Machine
+	52, // 27: farside.v1.ProtectMachineRequest.settings:type_name -> farside.v1.AgentSettings
+	55, // 28: farside.v1.ProtectMachineRequest.points:type_name -> farside.v1.PointSchedule
+	9,  // 29: farside.v1.ProtectMachineResponse.machine:type_name -> farside.v1.Machine
+	9,  // 30: farside.v1.UnprotectMachineResponse.machine:type_name -> farside.v1.Machine
+	56, // 31: farside.v1.ListPointsResponse.spans:type_name -> farside.v1.Span
+	57, // 32: farside.v1.ListPointsResponse.tags:type_name -> farside.v1.TagPoint
+	49, // 33: farside.v1.ListPointsResponse.horizon:type_name -> farside.v1.Position
+	50, // 34: farside.v1.ListPointsResponse.newest:type_name -> farside.v1.Point
+	58, // 35: farside.v1.TagPointRequest.consistency:type_name -> farside.v1.Consistency
+	57, // 36: farside.v1.TagPointResponse.tag:type_name -> farside.v1.TagPoint
+	59, // 37: farside.v1.OpenViewRequest.selector:type_name -> farside.v1.Selector
+	59, // 38: farside.v1.View.selector:type_name -> farside.v1.Selector
+	60, // 39: farside.v1.View.status:type_name -> farside.v1.ViewStatus
+	23, // 40: farside.v1.OpenViewResponse.view:type_name -> farside.v1.View
+	23, // 41: farside.v1.CloseViewResponse.view:type_name -> farside.v1.View
+	23, // 42: farside.v1.ListViewsResponse.views:type_name -> farside.v1.View
+	58, // 43: farside.v1.SetGroupRequest.consistency:type_name -> farside.v1.Consistency
+	61, // 44: farside.v1.SetGroupResponse.group:type_name -> farside.v1.Group
+	61, // 45: farside.v1.ListGroupsResponse.groups:type_name -> farside.v1.Group
+	58, // 46: farside.v1.TagGroupRequest.consistency:type_name -> farside.v1.Consistency
+	62, // 47: farside.v1.TagGroupResponse.tag:type_name -> farside.v1.GroupTagResult
+	63, // 48: farside.v1.ListGroupPointsResponse.points:type_name -> farside.v1.GroupPoint
+	1,  // 49: farside.v1.FarsideService.GetServer:input_type -> farside.v1.GetServerRequest
+	3,  // 50: farside.v1.FarsideService.CreateToken:input_type -> farside.v1.CreateTokenRequest
+	6,  // 51: farside.v1.FarsideService.ListNodes:input_type -> farside.v1.ListNodesRequest
+	10, // 52: farside.v1.FarsideService.ListMachines:input_type -> farside.v1.ListMachinesRequest
+	12, // 53: farside.v1.FarsideService.GetMachine:input_type -> farside.v1.GetMachineRequest
+	14, // 54: farside.v1.FarsideService.ProtectMachine:input_type -> farside.v1.ProtectMachineRequest
+	16, // 55: farside.v1.FarsideService.UnprotectMachine:input_type -> farside.v1.UnprotectMachineRequest
+	18, // 56: farside.v1.FarsideService.ListPoints:input_type -> farside.v1.ListPointsRequest
+	20, // 57: farside.v1.FarsideService.TagPoint:input_type -> farside.v1.TagPointRequest
+	31, // 58: farside.v1.FarsideService.SetGroup:input_type -> farside.v1.SetGroupRequest
+	33, // 59: farside.v1.FarsideService.DeleteGroup:input_type -> farside.v1.DeleteGroupRequest
+	35, // 60: farside.v1.FarsideService.ListGroups:input_type -> farside.v1.ListGroupsRequest
+	37, // 61: farside.v1.FarsideService.TagGroup:input_type -> farside.v1.TagGroupRequest
+	39, // 62: farside.v1.FarsideService.ListGroupPoints:input_type -> farside.v1.ListGroupPointsRequest
+	22, // 63: farside.v1.FarsideService.OpenView:input_type -> farside.v1.OpenViewRequest
+	25, // 64: farside.v1.FarsideService.CloseView:input_type -> farside.v1.CloseViewRequest
+	27, // 65: farside.v1.FarsideService.ListViews:input_type -> farside.v1.ListViewsRequest
+	29, // 66: farside.v1.FarsideService.IssueClientCertificate:input_type -> farside.v1.IssueClientCertificateRequest
+	2,  // 67: farside.v1.FarsideService.GetServer:output_type -> farside.v1.GetServerResponse
+	4,  // 68: farside.v1.FarsideService.CreateToken:output_type -> farside.v1.CreateTokenResponse
+	7,  // 69: farside.v1.FarsideService.ListNodes:output_type -> farside.v1.ListNodesResponse
+	11, // 70: farside.v1.FarsideService.ListMachines:output_type -> farside.v1.ListMachinesResponse
+	13, // 71: farside.v1.FarsideService.GetMachine:output_type -> farside.v1.GetMachineResponse
+	15, // 72: farside.v1.FarsideService.ProtectMachine:output_type -> farside.v1.ProtectMachineResponse
+	17, // 73: farside.v1.FarsideService.UnprotectMachine:output_type -> farside.v1.UnprotectMachineResponse
+	19, // 74: farside.v1.FarsideService.ListPoints:output_type -> farside.v1.ListPointsResponse
+	21, // 75: farside.v1.FarsideService.TagPoint:output_type -> farside.v1.TagPointResponse
+	32, // 76: farside.v1.FarsideService.SetGroup:output_type -> farside.v1.SetGroupResponse
+	34, // 77: farside.v1.FarsideService.DeleteGroup:output_type -> farside.v1.DeleteGroupResponse
+	36, // 78: farside.v1.FarsideService.ListGroups:output_type -> farside.v1.ListGroupsResponse
+	38, // 79: farside.v1.FarsideService.TagGroup:output_type -> farside.v1.TagGroupResponse
+	40, // 80: farside.v1.FarsideService.ListGroupPoints:output_type -> farside.v1.ListGroupPointsResponse
+	24, // 81: farside.v1.FarsideService.OpenView:output_type -> farside.v1.OpenViewResponse
+	26, // 82: farside.v1.FarsideService.CloseView:output_type -> farside.v1.CloseViewResponse
+	28, // 83: farside.v1.FarsideService.ListViews:output_type -> farside.v1.ListViewsResponse
+	30, // 84: farside.v1.FarsideService.IssueClientCertificate:output_type -> farside.v1.IssueClientCertificateResponse
+	67, // [67:85] is the sub-list for method output_type
+	49, // [49:67] is the sub-list for method input_type
+	49, // [49:49] is the sub-list for extension type_name
+	49, // [49:49] is the sub-list for extension extendee
+	0,  // [0:49] is the sub-list for field type_name
 }
 
 func init() { file_farside_v1_farside_proto_init() }

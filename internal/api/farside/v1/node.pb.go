@@ -1593,6 +1593,7 @@ type AgentReport struct {
 	Tags          []*TagResult           `protobuf:"bytes,15,rep,name=tags,proto3" json:"tags,omitempty"`
 	Events        []*Notice              `protobuf:"bytes,16,rep,name=events,proto3" json:"events,omitempty"`                              // the latest steps down and up, newest last, bounded
 	ConnectedTo   string                 `protobuf:"bytes,17,opt,name=connected_to,json=connectedTo,proto3" json:"connected_to,omitempty"` // address of the process server, "" when not connected
+	Background    *BackgroundCompare     `protobuf:"bytes,18,opt,name=background,proto3" json:"background,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1744,6 +1745,13 @@ func (x *AgentReport) GetConnectedTo() string {
 		return x.ConnectedTo
 	}
 	return ""
+}
+
+func (x *AgentReport) GetBackground() *BackgroundCompare {
+	if x != nil {
+		return x.Background
+	}
+	return nil
 }
 
 type CaptureStatus struct {
@@ -2662,7 +2670,7 @@ const file_farside_v1_node_proto_rawDesc = "" +
 	" \x01(\v2\x17.farside.v1.AgentReportH\x00R\x05agent\x12H\n" +
 	"\x0eprocess_server\x18\v \x01(\v2\x1f.farside.v1.ProcessServerReportH\x00R\rprocessServer\x12E\n" +
 	"\rmaster_target\x18\f \x01(\v2\x1e.farside.v1.MasterTargetReportH\x00R\fmasterTargetB\x06\n" +
-	"\x04work\"\xd5\x05\n" +
+	"\x04work\"\x94\x06\n" +
 	"\vAgentReport\x12\x1d\n" +
 	"\n" +
 	"machine_id\x18\x01 \x01(\tR\tmachineId\x12'\n" +
@@ -2684,7 +2692,10 @@ const file_farside_v1_node_proto_rawDesc = "" +
 	"\acapture\x18\x0e \x01(\v2\x19.farside.v1.CaptureStatusR\acapture\x12)\n" +
 	"\x04tags\x18\x0f \x03(\v2\x15.farside.v1.TagResultR\x04tags\x12*\n" +
 	"\x06events\x18\x10 \x03(\v2\x12.farside.v1.NoticeR\x06events\x12!\n" +
-	"\fconnected_to\x18\x11 \x01(\tR\vconnectedTo\"w\n" +
+	"\fconnected_to\x18\x11 \x01(\tR\vconnectedTo\x12=\n" +
+	"\n" +
+	"background\x18\x12 \x01(\v2\x1d.farside.v1.BackgroundCompareR\n" +
+	"background\"w\n" +
 	"\rCaptureStatus\x12\x16\n" +
 	"\x06driver\x18\x01 \x01(\tR\x06driver\x12\x12\n" +
 	"\x04mode\x18\x02 \x01(\tR\x04mode\x12\x1d\n" +
@@ -2837,12 +2848,13 @@ var file_farside_v1_node_proto_goTypes = []any{
 	(*DiskStatus)(nil),              // 41: farside.v1.DiskStatus
 	(*DiscoveredDisk)(nil),          // 42: farside.v1.DiscoveredDisk
 	(*Counters)(nil),                // 43: farside.v1.Counters
-	(*GroupTagResult)(nil),          // 44: farside.v1.GroupTagResult
-	(*Point)(nil),                   // 45: farside.v1.Point
-	(*Span)(nil),                    // 46: farside.v1.Span
-	(*TagPoint)(nil),                // 47: farside.v1.TagPoint
-	(ViewState)(0),                  // 48: farside.v1.ViewState
-	(*Export)(nil),                  // 49: farside.v1.Export
+	(*BackgroundCompare)(nil),       // 44: farside.v1.BackgroundCompare
+	(*GroupTagResult)(nil),          // 45: farside.v1.GroupTagResult
+	(*Point)(nil),                   // 46: farside.v1.Point
+	(*Span)(nil),                    // 47: farside.v1.Span
+	(*TagPoint)(nil),                // 48: farside.v1.TagPoint
+	(ViewState)(0),                  // 49: farside.v1.ViewState
+	(*Export)(nil),                  // 50: farside.v1.Export
 }
 var file_farside_v1_node_proto_depIdxs = []int32{
 	29, // 0: farside.v1.JoinRequest.role:type_name -> farside.v1.Role
@@ -2887,36 +2899,37 @@ var file_farside_v1_node_proto_depIdxs = []int32{
 	22, // 39: farside.v1.AgentReport.capture:type_name -> farside.v1.CaptureStatus
 	23, // 40: farside.v1.AgentReport.tags:type_name -> farside.v1.TagResult
 	37, // 41: farside.v1.AgentReport.events:type_name -> farside.v1.Notice
-	36, // 42: farside.v1.TagResult.position:type_name -> farside.v1.Position
-	33, // 43: farside.v1.TagResult.consistency:type_name -> farside.v1.Consistency
-	25, // 44: farside.v1.ProcessServerReport.streams:type_name -> farside.v1.StreamStatus
-	44, // 45: farside.v1.ProcessServerReport.group_tags:type_name -> farside.v1.GroupTagResult
-	36, // 46: farside.v1.StreamStatus.stored:type_name -> farside.v1.Position
-	36, // 47: farside.v1.StreamStatus.durable:type_name -> farside.v1.Position
-	27, // 48: farside.v1.MasterTargetReport.machines:type_name -> farside.v1.TargetStatus
-	28, // 49: farside.v1.MasterTargetReport.views:type_name -> farside.v1.ViewStatus
-	36, // 50: farside.v1.TargetStatus.head:type_name -> farside.v1.Position
-	45, // 51: farside.v1.TargetStatus.newest:type_name -> farside.v1.Point
-	36, // 52: farside.v1.TargetStatus.horizon:type_name -> farside.v1.Position
-	46, // 53: farside.v1.TargetStatus.spans:type_name -> farside.v1.Span
-	47, // 54: farside.v1.TargetStatus.tags:type_name -> farside.v1.TagPoint
-	31, // 55: farside.v1.TargetStatus.disks:type_name -> farside.v1.Disk
-	48, // 56: farside.v1.ViewStatus.state:type_name -> farside.v1.ViewState
-	36, // 57: farside.v1.ViewStatus.position:type_name -> farside.v1.Position
-	49, // 58: farside.v1.ViewStatus.exports:type_name -> farside.v1.Export
-	0,  // 59: farside.v1.NodeService.Join:input_type -> farside.v1.JoinRequest
-	2,  // 60: farside.v1.NodeService.Renew:input_type -> farside.v1.RenewRequest
-	4,  // 61: farside.v1.NodeService.Watch:input_type -> farside.v1.WatchRequest
-	18, // 62: farside.v1.NodeService.Report:input_type -> farside.v1.ReportRequest
-	1,  // 63: farside.v1.NodeService.Join:output_type -> farside.v1.JoinResponse
-	3,  // 64: farside.v1.NodeService.Renew:output_type -> farside.v1.RenewResponse
-	5,  // 65: farside.v1.NodeService.Watch:output_type -> farside.v1.WatchResponse
-	19, // 66: farside.v1.NodeService.Report:output_type -> farside.v1.ReportResponse
-	63, // [63:67] is the sub-list for method output_type
-	59, // [59:63] is the sub-list for method input_type
-	59, // [59:59] is the sub-list for extension type_name
-	59, // [59:59] is the sub-list for extension extendee
-	0,  // [0:59] is the sub-list for field type_name
+	44, // 42: farside.v1.AgentReport.background:type_name -> farside.v1.BackgroundCompare
+	36, // 43: farside.v1.TagResult.position:type_name -> farside.v1.Position
+	33, // 44: farside.v1.TagResult.consistency:type_name -> farside.v1.Consistency
+	25, // 45: farside.v1.ProcessServerReport.streams:type_name -> farside.v1.StreamStatus
+	45, // 46: farside.v1.ProcessServerReport.group_tags:type_name -> farside.v1.GroupTagResult
+	36, // 47: farside.v1.StreamStatus.stored:type_name -> farside.v1.Position
+	36, // 48: farside.v1.StreamStatus.durable:type_name -> farside.v1.Position
+	27, // 49: farside.v1.MasterTargetReport.machines:type_name -> farside.v1.TargetStatus
+	28, // 50: farside.v1.MasterTargetReport.views:type_name -> farside.v1.ViewStatus
+	36, // 51: farside.v1.TargetStatus.head:type_name -> farside.v1.Position
+	46, // 52: farside.v1.TargetStatus.newest:type_name -> farside.v1.Point
+	36, // 53: farside.v1.TargetStatus.horizon:type_name -> farside.v1.Position
+	47, // 54: farside.v1.TargetStatus.spans:type_name -> farside.v1.Span
+	48, // 55: farside.v1.TargetStatus.tags:type_name -> farside.v1.TagPoint
+	31, // 56: farside.v1.TargetStatus.disks:type_name -> farside.v1.Disk
+	49, // 57: farside.v1.ViewStatus.state:type_name -> farside.v1.ViewState
+	36, // 58: farside.v1.ViewStatus.position:type_name -> farside.v1.Position
+	50, // 59: farside.v1.ViewStatus.exports:type_name -> farside.v1.Export
+	0,  // 60: farside.v1.NodeService.Join:input_type -> farside.v1.JoinRequest
+	2,  // 61: farside.v1.NodeService.Renew:input_type -> farside.v1.RenewRequest
+	4,  // 62: farside.v1.NodeService.Watch:input_type -> farside.v1.WatchRequest
+	18, // 63: farside.v1.NodeService.Report:input_type -> farside.v1.ReportRequest
+	1,  // 64: farside.v1.NodeService.Join:output_type -> farside.v1.JoinResponse
+	3,  // 65: farside.v1.NodeService.Renew:output_type -> farside.v1.RenewResponse
+	5,  // 66: farside.v1.NodeService.Watch:output_type -> farside.v1.WatchResponse
+	19, // 67: farside.v1.NodeService.Report:output_type -> farside.v1.ReportResponse
+	64, // [64:68] is the sub-list for method output_type
+	60, // [60:64] is the sub-list for method input_type
+	60, // [60:60] is the sub-list for extension type_name
+	60, // [60:60] is the sub-list for extension extendee
+	0,  // [0:60] is the sub-list for field type_name
 }
 
 func init() { file_farside_v1_node_proto_init() }

@@ -1165,6 +1165,107 @@ func (x *Export) GetName() string {
 	return ""
 }
 
+// BackgroundCompare is the comparison that runs all the time, slowly, while every write is a point.
+type BackgroundCompare struct {
+	state          protoimpl.MessageState `protogen:"open.v1"`
+	BytesPerSecond int64                  `protobuf:"varint,1,opt,name=bytes_per_second,json=bytesPerSecond,proto3" json:"bytes_per_second,omitempty"` // its pace; 0: it is switched off
+	BytesTotal     int64                  `protobuf:"varint,2,opt,name=bytes_total,json=bytesTotal,proto3" json:"bytes_total,omitempty"`               // of the protected disks
+	BytesDone      int64                  `protobuf:"varint,3,opt,name=bytes_done,json=bytesDone,proto3" json:"bytes_done,omitempty"`                  // of the pass that is under way
+	BeganNs        int64                  `protobuf:"varint,4,opt,name=began_ns,json=beganNs,proto3" json:"began_ns,omitempty"`                        // when that began; 0: none is under way
+	Found          int64                  `protobuf:"varint,5,opt,name=found,proto3" json:"found,omitempty"`                                           // blocks of 64 KiB that differed in it
+	LastBeganNs    int64                  `protobuf:"varint,6,opt,name=last_began_ns,json=lastBeganNs,proto3" json:"last_began_ns,omitempty"`          // of the last full pass; 0: none yet
+	LastEndedNs    int64                  `protobuf:"varint,7,opt,name=last_ended_ns,json=lastEndedNs,proto3" json:"last_ended_ns,omitempty"`
+	LastFound      int64                  `protobuf:"varint,8,opt,name=last_found,json=lastFound,proto3" json:"last_found,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
+}
+
+func (x *BackgroundCompare) Reset() {
+	*x = BackgroundCompare{}
+	mi := &file_farside_v1_types_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BackgroundCompare) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BackgroundCompare) ProtoMessage() {}
+
+func (x *BackgroundCompare) ProtoReflect() protoreflect.Message {
+	mi := &file_farside_v1_types_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BackgroundCompare.ProtoReflect.Descriptor instead.
+func (*BackgroundCompare) Descriptor() ([]byte, []int) {
+	return file_farside_v1_types_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *BackgroundCompare) GetBytesPerSecond() int64 {
+	if x != nil {
+		return x.BytesPerSecond
+	}
+	return 0
+}
+
+func (x *BackgroundCompare) GetBytesTotal() int64 {
+	if x != nil {
+		return x.BytesTotal
+	}
+	return 0
+}
+
+func (x *BackgroundCompare) GetBytesDone() int64 {
+	if x != nil {
+		return x.BytesDone
+	}
+	return 0
+}
+
+func (x *BackgroundCompare) GetBeganNs() int64 {
+	if x != nil {
+		return x.BeganNs
+	}
+	return 0
+}
+
+func (x *BackgroundCompare) GetFound() int64 {
+	if x != nil {
+		return x.Found
+	}
+	return 0
+}
+
+func (x *BackgroundCompare) GetLastBeganNs() int64 {
+	if x != nil {
+		return x.LastBeganNs
+	}
+	return 0
+}
+
+func (x *BackgroundCompare) GetLastEndedNs() int64 {
+	if x != nil {
+		return x.LastEndedNs
+	}
+	return 0
+}
+
+func (x *BackgroundCompare) GetLastFound() int64 {
+	if x != nil {
+		return x.LastFound
+	}
+	return 0
+}
+
 // Progress of an initial replication or resync.
 type Progress struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -1178,7 +1279,7 @@ type Progress struct {
 
 func (x *Progress) Reset() {
 	*x = Progress{}
-	mi := &file_farside_v1_types_proto_msgTypes[9]
+	mi := &file_farside_v1_types_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1190,7 +1291,7 @@ func (x *Progress) String() string {
 func (*Progress) ProtoMessage() {}
 
 func (x *Progress) ProtoReflect() protoreflect.Message {
-	mi := &file_farside_v1_types_proto_msgTypes[9]
+	mi := &file_farside_v1_types_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1203,7 +1304,7 @@ func (x *Progress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Progress.ProtoReflect.Descriptor instead.
 func (*Progress) Descriptor() ([]byte, []int) {
-	return file_farside_v1_types_proto_rawDescGZIP(), []int{9}
+	return file_farside_v1_types_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Progress) GetBytesDone() int64 {
@@ -1249,7 +1350,7 @@ type Rpo struct {
 
 func (x *Rpo) Reset() {
 	*x = Rpo{}
-	mi := &file_farside_v1_types_proto_msgTypes[10]
+	mi := &file_farside_v1_types_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1261,7 +1362,7 @@ func (x *Rpo) String() string {
 func (*Rpo) ProtoMessage() {}
 
 func (x *Rpo) ProtoReflect() protoreflect.Message {
-	mi := &file_farside_v1_types_proto_msgTypes[10]
+	mi := &file_farside_v1_types_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1274,7 +1375,7 @@ func (x *Rpo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Rpo.ProtoReflect.Descriptor instead.
 func (*Rpo) Descriptor() ([]byte, []int) {
-	return file_farside_v1_types_proto_rawDescGZIP(), []int{10}
+	return file_farside_v1_types_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Rpo) GetKnown() bool {
@@ -1336,7 +1437,7 @@ type DiskStatus struct {
 
 func (x *DiskStatus) Reset() {
 	*x = DiskStatus{}
-	mi := &file_farside_v1_types_proto_msgTypes[11]
+	mi := &file_farside_v1_types_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1348,7 +1449,7 @@ func (x *DiskStatus) String() string {
 func (*DiskStatus) ProtoMessage() {}
 
 func (x *DiskStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_farside_v1_types_proto_msgTypes[11]
+	mi := &file_farside_v1_types_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1361,7 +1462,7 @@ func (x *DiskStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DiskStatus.ProtoReflect.Descriptor instead.
 func (*DiskStatus) Descriptor() ([]byte, []int) {
-	return file_farside_v1_types_proto_rawDescGZIP(), []int{11}
+	return file_farside_v1_types_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *DiskStatus) GetDiskId() uint32 {
@@ -1438,7 +1539,7 @@ type Counters struct {
 
 func (x *Counters) Reset() {
 	*x = Counters{}
-	mi := &file_farside_v1_types_proto_msgTypes[12]
+	mi := &file_farside_v1_types_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1450,7 +1551,7 @@ func (x *Counters) String() string {
 func (*Counters) ProtoMessage() {}
 
 func (x *Counters) ProtoReflect() protoreflect.Message {
-	mi := &file_farside_v1_types_proto_msgTypes[12]
+	mi := &file_farside_v1_types_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1463,7 +1564,7 @@ func (x *Counters) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Counters.ProtoReflect.Descriptor instead.
 func (*Counters) Descriptor() ([]byte, []int) {
-	return file_farside_v1_types_proto_rawDescGZIP(), []int{12}
+	return file_farside_v1_types_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Counters) GetWrites() int64 {
@@ -1547,7 +1648,7 @@ type HostInfo struct {
 
 func (x *HostInfo) Reset() {
 	*x = HostInfo{}
-	mi := &file_farside_v1_types_proto_msgTypes[13]
+	mi := &file_farside_v1_types_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1559,7 +1660,7 @@ func (x *HostInfo) String() string {
 func (*HostInfo) ProtoMessage() {}
 
 func (x *HostInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_farside_v1_types_proto_msgTypes[13]
+	mi := &file_farside_v1_types_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1572,7 +1673,7 @@ func (x *HostInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostInfo.ProtoReflect.Descriptor instead.
 func (*HostInfo) Descriptor() ([]byte, []int) {
-	return file_farside_v1_types_proto_rawDescGZIP(), []int{13}
+	return file_farside_v1_types_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *HostInfo) GetHostname() string {
@@ -1650,7 +1751,7 @@ type ErrorReason struct {
 
 func (x *ErrorReason) Reset() {
 	*x = ErrorReason{}
-	mi := &file_farside_v1_types_proto_msgTypes[14]
+	mi := &file_farside_v1_types_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1662,7 +1763,7 @@ func (x *ErrorReason) String() string {
 func (*ErrorReason) ProtoMessage() {}
 
 func (x *ErrorReason) ProtoReflect() protoreflect.Message {
-	mi := &file_farside_v1_types_proto_msgTypes[14]
+	mi := &file_farside_v1_types_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1675,7 +1776,7 @@ func (x *ErrorReason) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ErrorReason.ProtoReflect.Descriptor instead.
 func (*ErrorReason) Descriptor() ([]byte, []int) {
-	return file_farside_v1_types_proto_rawDescGZIP(), []int{14}
+	return file_farside_v1_types_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *ErrorReason) GetKind() string {
@@ -1749,7 +1850,19 @@ const file_farside_v1_types_proto_rawDesc = "" +
 	"\adisk_id\x18\x01 \x01(\rR\x06diskId\x12\x12\n" +
 	"\x04size\x18\x02 \x01(\x03R\x04size\x12\x12\n" +
 	"\x04uris\x18\x03 \x03(\tR\x04uris\x12\x12\n" +
-	"\x04name\x18\x04 \x01(\tR\x04name\"\x81\x01\n" +
+	"\x04name\x18\x04 \x01(\tR\x04name\"\x95\x02\n" +
+	"\x11BackgroundCompare\x12(\n" +
+	"\x10bytes_per_second\x18\x01 \x01(\x03R\x0ebytesPerSecond\x12\x1f\n" +
+	"\vbytes_total\x18\x02 \x01(\x03R\n" +
+	"bytesTotal\x12\x1d\n" +
+	"\n" +
+	"bytes_done\x18\x03 \x01(\x03R\tbytesDone\x12\x19\n" +
+	"\bbegan_ns\x18\x04 \x01(\x03R\abeganNs\x12\x14\n" +
+	"\x05found\x18\x05 \x01(\x03R\x05found\x12\"\n" +
+	"\rlast_began_ns\x18\x06 \x01(\x03R\vlastBeganNs\x12\"\n" +
+	"\rlast_ended_ns\x18\a \x01(\x03R\vlastEndedNs\x12\x1d\n" +
+	"\n" +
+	"last_found\x18\b \x01(\x03R\tlastFound\"\x81\x01\n" +
 	"\bProgress\x12\x1d\n" +
 	"\n" +
 	"bytes_done\x18\x01 \x01(\x03R\tbytesDone\x12\x1f\n" +
@@ -1860,30 +1973,31 @@ func file_farside_v1_types_proto_rawDescGZIP() []byte {
 }
 
 var file_farside_v1_types_proto_enumTypes = make([]protoimpl.EnumInfo, 7)
-var file_farside_v1_types_proto_msgTypes = make([]protoimpl.MessageInfo, 15)
+var file_farside_v1_types_proto_msgTypes = make([]protoimpl.MessageInfo, 16)
 var file_farside_v1_types_proto_goTypes = []any{
-	(Role)(0),              // 0: farside.v1.Role
-	(Accuracy)(0),          // 1: farside.v1.Accuracy
-	(Consistency)(0),       // 2: farside.v1.Consistency
-	(Codec)(0),             // 3: farside.v1.Codec
-	(Severity)(0),          // 4: farside.v1.Severity
-	(ViewState)(0),         // 5: farside.v1.ViewState
-	(Phase)(0),             // 6: farside.v1.Phase
-	(*Position)(nil),       // 7: farside.v1.Position
-	(*Disk)(nil),           // 8: farside.v1.Disk
-	(*DiscoveredDisk)(nil), // 9: farside.v1.DiscoveredDisk
-	(*Notice)(nil),         // 10: farside.v1.Notice
-	(*Point)(nil),          // 11: farside.v1.Point
-	(*Span)(nil),           // 12: farside.v1.Span
-	(*TagPoint)(nil),       // 13: farside.v1.TagPoint
-	(*Selector)(nil),       // 14: farside.v1.Selector
-	(*Export)(nil),         // 15: farside.v1.Export
-	(*Progress)(nil),       // 16: farside.v1.Progress
-	(*Rpo)(nil),            // 17: farside.v1.Rpo
-	(*DiskStatus)(nil),     // 18: farside.v1.DiskStatus
-	(*Counters)(nil),       // 19: farside.v1.Counters
-	(*HostInfo)(nil),       // 20: farside.v1.HostInfo
-	(*ErrorReason)(nil),    // 21: farside.v1.ErrorReason
+	(Role)(0),                 // 0: farside.v1.Role
+	(Accuracy)(0),             // 1: farside.v1.Accuracy
+	(Consistency)(0),          // 2: farside.v1.Consistency
+	(Codec)(0),                // 3: farside.v1.Codec
+	(Severity)(0),             // 4: farside.v1.Severity
+	(ViewState)(0),            // 5: farside.v1.ViewState
+	(Phase)(0),                // 6: farside.v1.Phase
+	(*Position)(nil),          // 7: farside.v1.Position
+	(*Disk)(nil),              // 8: farside.v1.Disk
+	(*DiscoveredDisk)(nil),    // 9: farside.v1.DiscoveredDisk
+	(*Notice)(nil),            // 10: farside.v1.Notice
+	(*Point)(nil),             // 11: farside.v1.Point
+	(*Span)(nil),              // 12: farside.v1.Span
+	(*TagPoint)(nil),          // 13: farside.v1.TagPoint
+	(*Selector)(nil),          // 14: farside.v1.Selector
+	(*Export)(nil),            // 15: farside.v1.Export
+	(*BackgroundCompare)(nil), // 16: farside.v1.BackgroundCompare
+	(*Progress)(nil),          // 17: farside.v1.Progress
+	(*Rpo)(nil),               // 18: farside.v1.Rpo
+	(*DiskStatus)(nil),        // 19: farside.v1.DiskStatus
+	(*Counters)(nil),          // 20: farside.v1.Counters
+	(*HostInfo)(nil),          // 21: farside.v1.HostInfo
+	(*ErrorReason)(nil),       // 22: farside.v1.ErrorReason
 }
 var file_farside_v1_types_proto_depIdxs = []int32{
 	4,  // 0: farside.v1.Notice.severity:type_name -> farside.v1.Severity
@@ -1895,7 +2009,7 @@ var file_farside_v1_types_proto_depIdxs = []int32{
 	2,  // 6: farside.v1.TagPoint.consistency:type_name -> farside.v1.Consistency
 	7,  // 7: farside.v1.TagPoint.position:type_name -> farside.v1.Position
 	7,  // 8: farside.v1.Selector.position:type_name -> farside.v1.Position
-	19, // 9: farside.v1.DiskStatus.counters:type_name -> farside.v1.Counters
+	20, // 9: farside.v1.DiskStatus.counters:type_name -> farside.v1.Counters
 	10, // [10:10] is the sub-list for method output_type
 	10, // [10:10] is the sub-list for method input_type
 	10, // [10:10] is the sub-list for extension type_name
@@ -1920,7 +2034,7 @@ func file_farside_v1_types_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_farside_v1_types_proto_rawDesc), len(file_farside_v1_types_proto_rawDesc)),
 			NumEnums:      7,
-			NumMessages:   15,
+			NumMessages:   16,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
