@@ -27,6 +27,7 @@ capture:
 loop_devices: true
 disks: [/srv/two.img]
 points: {hooks: /opt/hooks, hook_timeout: 5s}
+compare: {every: 24h}
 `))
 	want := Config{
 		Data: "/var/lib/farside", Memory: 128 << 20,
@@ -34,14 +35,14 @@ points: {hooks: /opt/hooks, hook_timeout: 5s}
 			Driver: "tap", Ring: 4 << 20,
 			Tap: TapConfig{Socket: "/run/tap.sock", Disks: []TapDisk{{"one", "/srv/one.img"}}},
 		},
-		LoopDevices: true, Disks: []string{"/srv/two.img"},
+		LoopDevices: true, Disks: []string{"/srv/two.img"}, Compare: CompareConfig{Every: 24 * time.Hour},
 		Points: PointsConfig{Hooks: "/opt/hooks", Run: "/run/farside/points", HookTimeout: 5 * time.Second, HooksTimeout: time.Minute},
 	}
 	if err != nil || !reflect.DeepEqual(got, want) {
 		t.Errorf("got %+v, %v\nwant %+v", got, err, want)
 	}
 	got, err = ParseConfig([]byte("data: d"))
-	if err != nil || got.Memory != 64<<20 || got.Capture.Driver != "auto" {
+	if err != nil || got.Memory != 64<<20 || got.Capture.Driver != "auto" || got.Compare.Every != 7*24*time.Hour {
 		t.Errorf("defaults: %+v, %v", got, err)
 	}
 }

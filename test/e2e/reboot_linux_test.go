@@ -44,6 +44,7 @@ func TestReboot(t *testing.T) {
 func (v *vm) back(name, why string, calm bool) {
 	v.t.Helper()
 	v.rebooted()
+	row := v.oracle.Last()
 	if !calm {
 		v.load()
 	}
@@ -59,6 +60,7 @@ func (v *vm) back(name, why string, calm bool) {
 	if !slices.ContainsFunc(m.GetEvents(), func(n *farsidev1.Notice) bool { return n.GetCode() == why }) {
 		v.t.Errorf("%s: no event says %q: %v", name, why, m.GetEvents())
 	}
+	v.loaded(row)
 	time.Sleep(2 * time.Second)
 	v.rest()
 	tag := v.headEqualsDisk(name)

@@ -257,6 +257,16 @@ func (v *vm) load() {
 	v.sh("(FARSIDE_LOAD_SLOW=20 FARSIDE_LOAD_DIR=/data /state/load < /tmp/go > $(echo /dev/vport?p2) 2> /tmp/load.err; echo $? > /tmp/load.end) &")
 }
 
+// loaded waits for a commit of the load behind row; on a busy machine a load takes a while to begin.
+func (v *vm) loaded(row int64) {
+	v.t.Helper()
+	for until := time.Now().Add(time.Minute); v.oracle.Last() <= row; time.Sleep(50 * time.Millisecond) {
+		if time.Now().After(until) {
+			v.t.Fatalf("no commit behind row %d", row)
+		}
+	}
+}
+
 // rest ends the load and unmounts the disk: its image holds all that was written.
 func (v *vm) rest() {
 	v.t.Helper()
