@@ -86,8 +86,9 @@ func TestImpatientWrites(t *testing.T) {
 
 	r.MustSync() // an open stream: what was captured is left out of bulk reads
 	impatient(t, dev, size, 2000, false)
-	if src.Stats().Failed == failed {
-		t.Skip("no write failed this time")
+	// A write that failed may be covered by a later one to the same place: of 30, hardly all are.
+	if n := src.Stats().Failed - failed; n < 30 {
+		t.Skipf("only %d writes failed this time", n)
 	}
 	for begin := time.Now(); src.Stats().Overflows == 0; { // the tries do not come
 		if _, err := r.Events(t.Context(), time.Millisecond); err != nil {
