@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"slices"
+	"sync/atomic"
 	"time"
 
 	"farside/internal/agent"
@@ -25,8 +26,8 @@ type machine struct {
 	kernel *capturetest.Kernel
 	oracle *oracle
 
-	node *agent.Node // nil: the agent does not run
-	src  *capturetest.PinnedMem
+	node *agent.Node                           // nil: the agent does not run
+	src  atomic.Pointer[capturetest.PinnedMem] // the newest; nil: the agent never had one
 	end  context.CancelFunc
 	done chan struct{}
 
@@ -108,7 +109,7 @@ func (m *machine) start() {
 			if err != nil {
 				return nil, err
 			}
-			m.src = src
+			m.src.Store(src)
 			return src, nil
 		},
 		Dial: func(ctx context.Context, _, addr string) (net.Conn, error) {
@@ -141,8 +142,8 @@ func (m *machine) kill() {
 	if m.node == nil {
 		return
 	}
-	if m.src != nil {
-		m.src.Kill()
+	if src := m.src.Load(); src != nil {
+		src.Kill()
 	}
 	for _, line := range m.w.net.of(m.name) {
 		line.Reset()
@@ -262,11 +263,21 @@ func (m *machine) head(s *pb.TargetStatus) {
 	}
 }
 
+// captured tells for people where the capture stands.
+func (m *machine) captured() string {
+	src := m.src.Load()
+	if src == nil {
+		return "no capture"
+	}
+	dirty, err := src.Dirty()
+	return fmt.Sprintf("consumed %d of %d, %d dirty (%v), %+v", src.Consumed(), src.Tail(), dirty, err, src.Stats())
+}
+
 // well reports whether every write is a point and the far side has them all.
 func (m *machine) well() bool {
 	r := m.node.Report()
 	return r.GetPhase() == pb.Phase_PHASE_EXACT && r.GetBuilt().GetSeq() == r.GetDurable().GetSeq() &&
-		m.src.Consumed() == m.src.Tail() && r.GetDurable().GetSeq() > 0
+		m.src.Load().Consumed() == m.src.Load().Tail() && r.GetDurable().GetSeq() > 0
 }
 
 func positionOf(p *pb.Position) dr.Position {

@@ -45,7 +45,11 @@ func number(name string, otherwise int) int {
 
 // TestHistories plays FARSIDE_HISTORIES random histories, from seed FARSIDE_SEED on.
 func TestHistories(t *testing.T) {
-	n, first, steps := number("FARSIDE_HISTORIES", 300), number("FARSIDE_SEED", 1), number("FARSIDE_STEPS", 60)
+	many := 300
+	if testing.Short() {
+		many = 40
+	}
+	n, first, steps := number("FARSIDE_HISTORIES", many), number("FARSIDE_SEED", 1), number("FARSIDE_STEPS", 60)
 	var sum Result
 	var mu sync.Mutex
 	begin := time.Now()

@@ -173,8 +173,7 @@ func (w *World) recover() {
 			w.sleep(time.Second)
 			return w.until(time.Second, m.well)
 		}) && w.fault == nil {
-			d, _ := m.src.Dirty()
-			w.broken("%s is not well 5 minutes after the last fault: consumed %d of %d, %d dirty, %+v: %v", m.name, m.src.Consumed(), m.src.Tail(), d, m.src.Stats(), m.node.Report())
+			w.broken("%s is not well 5 minutes after the last fault: %s: %v", m.name, m.captured(), m.node.Report())
 		}
 	}
 }
