@@ -86,7 +86,7 @@ func (f *Far) Protect(ctx context.Context, path, driver string) error {
 
 // Tag marks the present and returns when the mark is durable on the far side.
 func (f *Far) Tag(ctx context.Context, name string) (*farsidev1.TagPoint, error) {
-	r, err := f.Client.TagPoint(ctx, &farsidev1.TagPointRequest{Machine: f.Machine, Name: name, TimeoutMs: 15_000})
+	r, err := f.Client.TagPoint(ctx, &farsidev1.TagPointRequest{Machine: f.Machine, Name: name, TimeoutMs: 60_000})
 	if err != nil {
 		return nil, fmt.Errorf("tag: %w", err)
 	}
